@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""The job: pull, prepare, train, merge, publish. Start it as often as you like; it does what is still missing.
+
+This file knows the order of the steps, reads the environment, and turns errors into exit statuses; nothing else does.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from job import errors, log, preemption
+
+if TYPE_CHECKING:
+    from job.config import Config
+    from job.inputs import Base, Prepared, Task
+    from job.paths import Cache
+
+_PROJECT = "finetune-job"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def story(config: "Config", environ: Mapping[str, str], notice: preemption.Notice, after: ExitStack) -> None:
+    """Do what is missing of the run, in order; return when all of it is in the store. `after` runs at the very end."""
+    from job import lease, paths, publish, pull, storage
+
+    store, cache = storage.connect(config.run.url), _cache(config, environ)
+    lease.agree(store, config)
+    if record := publish.finished(store, config):
+        _say_done("this run is done already", config, record)
+        return
+    pull.preflight(config, cache)
+    attempt = lease.begin(store, config)
+    after.callback(publish.attempt, store, _log_to(cache), attempt)
+    log.event("run.start", f"run {config.run.name}, attempt {attempt}, in {store.url}", attempt=attempt)
+    base = pull.base(config, cache)
+    if not (storage.sealed(store, paths.REPORT) and storage.sealed(store, paths.ADAPTER)):
+        from job import launch, prepare
+
+        data = prepare.dataset(
+            config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache
+        )
+        trained = launch.training(_worker_command(), _task(config, attempt, base, data, cache), environ, notice)
+        publish.directory(store, trained / "report", paths.REPORT)
+        publish.directory(store, trained / "adapter", paths.ADAPTER)
+    adapter = pull.artefact(store, paths.ADAPTER, cache)
+    if config.merge.enabled and not storage.sealed(store, paths.MERGED):
+        from job import merge
+
+        publish.directory(store, merge.merged(config, base, adapter, cache), paths.MERGED)
+    from job import report
+
+    facts = json.loads((adapter / paths.TRAINING).read_text(encoding="utf-8"))
+    publish.directory(
+        store, report.write(config, facts, pull.artefact(store, paths.REPORT, cache), store.url), paths.REPORT
+    )
+    record = publish.done(store, config, facts, attempt)
+    shutil.rmtree(cache.work(""))
+    _say_done("done", config, record)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option("0.1.0", prog_name=_PROJECT)
+def cli() -> None:
+    """Fine-tune a language model with LoRA or QLoRA as a batch job that survives preemption.
+
+    Exit statuses: 0 done; 64 permanent, change something first; 75 stopped on request, start me again; 1 anything
+    else, may work next time.
+    """
+
+
+_config = click.argument("config", type=click.Path(path_type=Path))
+_set = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the config, for example train.epochs=1.",
+)
+_debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+@cli.command()
+@_config
+@_set
+@_json
+@_debug
+def run(config: Path, overrides: tuple[str, ...], as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
+    """Do what is still missing of the run in CONFIG; exit 0 at once if nothing is."""
+
+    def job(notice: preemption.Notice, after: ExitStack) -> None:
+        story(_read(config, overrides), os.environ, notice, after)
+
+    _conclude(job, as_json=as_json, debug=debug)
+
+
+@cli.command()
+@_config
+@_set
+@click.option("--offline", is_flag=True, help="Check the file only, not what it points at.")
+@_json
+@_debug
+def validate(config: Path, overrides: tuple[str, ...], offline: bool, as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
+    """Check CONFIG, and that the base model, the data and the store can be reached; change nothing."""
+
+    def job(_notice: preemption.Notice, _after: ExitStack) -> None:
+        checked = _read(config, overrides)
+        if not offline:
+            _reach(checked)
+        if as_json:
+            click.echo(json.dumps(checked.model_dump(mode="json"), indent=1, ensure_ascii=False))
+        else:
+            log.event(
+                "validate.ok", f"{config} is valid" + ("" if offline else ", and all that it names can be reached")
+            )
+
+    _conclude(job, as_json=False, debug=debug)
+
+
+@cli.command(hidden=True)
+@click.argument("task", type=click.Path(path_type=Path))
+@click.option("--parent", type=int, required=True)
+@_json
+@_debug
+def worker(task: Path, parent: int, as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
+    """Train, as a process that `run` started."""
+
+    def job(notice: preemption.Notice, _after: ExitStack) -> None:
+        from job import inputs, launch
+
+        launch.die_with(parent)
+        told = inputs.Task.from_json(task.read_text(encoding="utf-8"))
+        log.to_file(told.log)
+        from job import train
+
+        train.train(told, notice)
+
+    _conclude(job, as_json=as_json, debug=debug)
+
+
+def _conclude(job: Callable[[preemption.Notice, ExitStack], None], *, as_json: bool, debug: bool) -> None:
+    """Run `job` and end the process with the status that its outcome stands for."""
+    log.to_people(sys.stderr, as_json=as_json)
+    notice = preemption.Notice()
+    notice.listen()
+    with ExitStack() as after:
+        try:
+            job(notice, after)
+            status = errors.DONE
+        except (Exception, errors.Preempted) as e:  # noqa: BLE001 - the one place where errors become statuses
+            status, message = _explain(e)
+            say = log.warn if status == errors.AGAIN else log.error
+            say("run.end", message, status=status, traceback=traceback.format_exc())
+            if debug:
+                traceback.print_exc()
+    sys.exit(status)
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit status of an error and what to tell the user."""
+    if isinstance(error, (errors.JobError, errors.Preempted)):
+        return error.status, str(error)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return (
+            errors.FAILED,
+            f"no space left on the disk of {error.filename or 'the cache'}: free space, or set run.cache to a larger disk",
+        )
+    return errors.FAILED, f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+
+
+def _read(path: Path, overrides: tuple[str, ...]) -> "Config":
+    from job import config
+
+    return config.read(path, overrides)
+
+
+def _reach(config: "Config") -> None:
+    from job import lease, paths, pull, storage
+
+    store = storage.connect(config.run.url)
+    lease.agree(store, config)
+    store.put(paths.PROBE, b"may I write here?\n")
+    store.delete(paths.PROBE)
+    pull.preflight(config, _cache(config, os.environ))
+
+
+def _cache(config: "Config", environ: Mapping[str, str]) -> "Cache":
+    from job import paths
+
+    default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _PROJECT
+    return paths.Cache.of(Path(config.run.cache).expanduser() if config.run.cache else default, config.run.url)
+
+
+def _log_to(cache: "Cache") -> Path:
+    path = cache.log()
+    path.unlink(missing_ok=True)
+    log.to_file(path)
+    return path
+
+
+def _worker_command() -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), "worker", "--parent", str(os.getpid())]
+
+
+def _task(config: "Config", attempt: int, base: "Base", data: "Prepared", cache: "Cache") -> "Task":
+    from job import config as configs
+    from job import inputs, paths
+
+    digests = {"base": base.digest, "data": data.digest}
+    out = cache.work(f"trained-{paths.digest(configs.digest(config) + json.dumps(digests))}")
+    return inputs.Task(config, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), digests)
+
+
+def _say_done(how: str, config: "Config", record: Mapping[str, Any]) -> None:
+    from job import report
+
+    places = ", ".join(f"{config.run.url}/{place}" for place in record["artefacts"])
+    log.event(
+        "run.done",
+        f"{how}: {report.losses(record['training'])}; results in {places}",
+        status=errors.DONE,
+        artefacts=record["artefacts"],
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(errors.PERMANENT)

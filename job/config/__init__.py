@@ -1,0 +1,9 @@
+"""The run as frozen typed data, and the only reader of configs."""
+
+from job.config.identity import claimed, differences, digest
+from job.config.read import Places, all_keys, check, read
+from job.config.schema import Checkpoint, Config, Data, Lora, Model, Train
+
+__all__ = [
+    "Checkpoint", "Config", "Data", "Lora", "Model", "Places", "Train", "all_keys", "check", "claimed", "differences", "digest", "read",
+]  # fmt: skip

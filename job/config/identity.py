@@ -1,0 +1,42 @@
+"""Are two configs the same run? What is written to the run URL once, and which keys may change afterwards."""
+
+import hashlib
+import json
+from typing import Any
+
+from job.config.schema import Config
+
+# Keys that do not change what is computed, or only by the rounding of another summation order.
+NEUTRAL = frozenset(
+    {"run.name", "run.cache", "train.log_every", "train.micro_batch_size", "train.gradient_checkpointing"}
+)
+_NEUTRAL_SECTIONS = ("checkpoint", "distributed")
+
+
+def claimed(config: Config) -> bytes:
+    """The canonical JSON that is kept under the run URL: the resolved config."""
+    return json.dumps(config.model_dump(mode="json"), indent=1, sort_keys=True).encode()
+
+
+def digest(config: Config) -> str:
+    """SHA-256 over every key that changes the result."""
+    flat = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if not _neutral(key)}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def differences(ours: Config, theirs: bytes) -> list[str]:
+    """One line for each key that changes the result and differs from the config already kept under the run URL."""
+    old, new = _flat(json.loads(theirs)), _flat(ours.model_dump(mode="json"))
+    return [
+        f"{key}: {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _neutral(key)
+    ]
+
+
+def _neutral(key: str) -> bool:
+    return key in NEUTRAL or key.partition(".")[0] in _NEUTRAL_SECTIONS
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}

@@ -1,0 +1,70 @@
+"""Start training as a process of its own and see it to its end, whatever ends it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from job import cluster, errors, log, manifest
+from job.inputs import Task
+from job.preemption import Notice
+
+_POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def training(command: Sequence[str], task: Task, environ: Mapping[str, str], notice: Notice) -> Path:
+    """Run `command` on `task`, pass a request to stop on to it, and wait until it has saved and gone.
+
+    Returns the sealed folder of the result. Raises `errors.Preempted` when it stopped on request, and
+    `errors.WorkerError` with its status when it failed.
+    """
+    if manifest.sealed(task.out):
+        log.event("launch.over", "trained already, on this machine")
+        return task.out
+    told = task.scratch / "task.json"
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(task.to_json(), encoding="utf-8")
+    with notice.deferred():
+        with subprocess.Popen([*command, str(told)], env=_one_device(environ, cluster.gpus(environ))) as process:  # noqa: S603 - our own command line
+            status = _wait(process, notice)
+        if status == errors.AGAIN and notice.reason is None:
+            notice.reason = "a signal to the training process"
+    if status < 0:
+        name = signal.Signals(-status).name
+        why = "; the kernel kills so when memory runs out" if name == "SIGKILL" else ""
+        raise errors.WorkerError(f"training was killed by {name}{why}", errors.FAILED)
+    if status:
+        raise errors.WorkerError(f"training ended with status {status}; its own message is above", status)
+    return task.out
+
+
+def die_with(parent: int) -> None:
+    """End this process when `parent` dies: a training whose job is gone must not go on writing checkpoints."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before prctl
+        raise errors.JobError("the process that started this training is gone")
+
+
+def _wait(process: "subprocess.Popen[bytes]", notice: Notice) -> int:
+    told = False
+    while True:
+        try:
+            return process.wait(_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            if notice.reason and not told:
+                told = True
+                process.send_signal(signal.SIGTERM)
+
+
+def _one_device(environ: Mapping[str, str], gpus: int) -> dict[str, str]:
+    """The environment of a training on one device: of several GPUs only the first is shown to it."""
+    if gpus <= 1:
+        return dict(environ)
+    first = environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    log.warn(
+        "launch.idle", f"this version trains on one GPU: {gpus - 1} of {gpus} stay idle; ask for one GPU", gpus=gpus
+    )
+    return {**environ, "CUDA_VISIBLE_DEVICES": first}

@@ -1,0 +1,117 @@
+"""What happened: one JSON line per event for programs, and the same events for people on stderr.
+
+The standard library's logger carries the events; this module knows their shape and how they look.
+"""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+_LOGGER = logging.getLogger("job")
+_QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+def event(name: str, message: str, **fields: object) -> None:
+    """Record that `name` happened; `message` is for people, `fields` (JSON values) for programs."""
+    _LOGGER.info(message, extra={"event": name, "fields": fields})
+
+
+def warn(name: str, message: str, **fields: object) -> None:
+    """Record something that the user should look at although the job goes on."""
+    _LOGGER.warning(message, extra={"event": name, "fields": fields})
+
+
+def error(name: str, message: str, **fields: object) -> None:
+    """Record why the job ends."""
+    _LOGGER.error(message, extra={"event": name, "fields": fields})
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", record.name),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class _PlainLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"{clock} {mark}{record.getMessage()}"
+
+
+def to_people(stream: TextIO, *, as_json: bool = False) -> None:
+    """Show every event on `stream`: readable lines, or JSON lines for a log collector."""
+    _LOGGER.setLevel(logging.INFO)
+    _LOGGER.propagate = False
+    logging.captureWarnings(True)  # noqa: FBT003 - Python's own signature
+    logging.getLogger().addHandler(
+        logging.NullHandler()
+    )  # the libraries' notes belong into the file, not between our lines
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_JsonLines() if as_json else _PlainLines())
+    _LOGGER.addHandler(handler)
+
+
+def to_file(path: Path) -> None:
+    """Append every event from now on to `path` as JSON lines, and what the libraries warn of as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_JsonLines())
+    for logger in (_LOGGER, logging.getLogger()):
+        logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: float, stream: TextIO) -> Iterator[Callable[[float, str], None]]:
+    """Show how far `title` is: a bar on a terminal, a line every ten seconds elsewhere.
+
+    Yields ``show(done, note)``, `done` in the unit of `total`.
+    """
+    if stream.isatty():
+        with _bar(title, total, stream) as show:
+            yield show
+    else:
+        yield _lines(title, total)
+
+
+def _lines(title: str, total: float) -> Callable[[float, str], None]:
+    last = time.monotonic()
+
+    def show(done: float, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _QUIET_SECONDS:
+            last = time.monotonic()
+            event("progress", f"{title}: {done / total:.0%} {note}".rstrip(), done=done, total=total)
+
+    return show
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: float, stream: TextIO) -> Iterator[Callable[[float, str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def show(done: float, note: str) -> None:
+            bar.update(task, completed=done, note=note)
+
+        yield show

@@ -1,0 +1,84 @@
+"""Add the adapter to the original base weights, never to quantized ones, and save a model that needs nothing of ours."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from job import errors, log, manifest, model, paths
+from job.config import Config
+from job.inputs import Base
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Path:
+    """Merge the sealed `adapter` folder into `base` and return the folder of the sealed result.
+
+    The sum is taken in float32 and rounded once to ``merge.dtype``. Raises `errors.ModelError` when the adapter was
+    trained on another base, does not fit, changes nothing, or makes the weights NaN or Inf.
+    """
+    out = cache.work(f"merged-{paths.digest(base.digest + manifest.of(adapter).digest)}")
+    if manifest.sealed(out):
+        return out
+    facts = json.loads((adapter / paths.TRAINING).read_text(encoding="utf-8"))
+    if facts["inputs"]["base"] != base.digest:
+        raise errors.ModelError(
+            f"model.base: {base.url} has digest {base.digest}, the adapter was trained on {facts['inputs']['base']}: put that base back"
+        )
+    log.event("merge.start", f"merging into the original base in {config.merge.dtype}")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    network = _sum(model.for_merging(base.path, config.model, config.merge.dtype), adapter)
+    _repair_sampling(network)
+    network.save_pretrained(partial, max_shard_size=config.merge.max_shard_size)
+    model.tokenizer(adapter, "chat", trust_remote_code=config.model.trust_remote_code).save_pretrained(partial)
+    whole = manifest.seal(partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    log.event("merge.done", f"merged model: {len(whole.files)} files, {whole.size / 1e9:.2f} GB", digest=whole.digest)
+    return out
+
+
+def _sum(network: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    shape = PeftConfig.from_pretrained(str(adapter))
+    adapted = PeftModel.from_pretrained(network, str(adapter), config=shape)
+    _check(adapted, load_file(adapter / _WEIGHTS))
+    try:
+        whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as e:  # safe_merge found NaN
+        raise errors.ModelError(f"the adapter makes the merged weights NaN or Inf: {e}") from e
+    return whole
+
+
+def _check(adapted: PeftModel, saved: dict[str, torch.Tensor]) -> None:
+    fitting = get_peft_model_state_dict(adapted)
+    wrong = sorted(saved.keys() ^ fitting.keys())
+    if wrong:
+        raise errors.ModelError(
+            f"the adapter does not fit the base: {len(wrong)} weights have no counterpart, the first is {wrong[0]}"
+        )
+    broken = sorted(name for name, tensor in saved.items() if not torch.isfinite(tensor).all())
+    if broken:
+        raise errors.ModelError(f"the adapter holds NaN or Inf in {len(broken)} weights, the first is {broken[0]}")
+    if not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
+        raise errors.ModelError(
+            "the adapter changes nothing: every lora_B weight is zero, so the merged model would be the base"
+        )
+
+
+def _repair_sampling(network: PreTrainedModel) -> None:
+    """Some published bases set a temperature without sampling (Llama-2 chat), which transformers refuses to save."""
+    settings = network.generation_config
+    if settings is not None and settings.do_sample is not True:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = True
+            log.event(
+                "merge.sampling", "generation_config sets sampling parameters without do_sample: it is switched on"
+            )

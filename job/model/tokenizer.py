@@ -1,0 +1,70 @@
+"""The tokenizer of a base model, with the template by which conversations become text."""
+
+from pathlib import Path
+from typing import cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from job import errors
+
+IGNORED = -100  # the label of a token without loss, by PyTorch's convention
+
+_HEADINGS = {"instruction-en": ("Instruction", "Input", "Response"), "instruction-zh": ("指令", "输入", "回答")}
+_TURNS = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ message['content'] + '\\n\\n' }}
+{%- elif message['role'] == 'user' -%}{{ '### QUESTION\\n' + message['content'] + '\\n\\n' }}
+{%- else -%}{{ '### ANSWER\\n' + message['content'] + eos_token + ('' if loop.last else '\\n\\n') }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '### ANSWER\\n' }}{%- endif -%}"""
+
+
+def tokenizer(base: Path, template: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in the folder `base` and give it the chat template that `data.template` asks for.
+
+    An instruction template is a chat template like any other, so that it is saved with the model and used to talk to it.
+    Raises `errors.ModelError` if it cannot be loaded or lacks what training needs.
+    """
+    try:
+        loaded = cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True),
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as e:
+        raise errors.ModelError(f"model.base: the tokenizer in {base} cannot be loaded: {e}") from e
+    if not loaded.is_fast:
+        raise errors.ModelError(
+            f"model.base: {base} has no fast tokenizer (tokenizer.json), which is needed to find the trained tokens"
+        )
+    if loaded.eos_token is None:
+        raise errors.ModelError(
+            f"model.base: the tokenizer in {base} has no eos_token: the model could not learn to stop"
+        )
+    _choose(loaded, template, base)
+    return loaded
+
+
+def input_heading(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands between an instruction and its input with this tokenizer's template."""
+    for name, (_, extra, _) in _HEADINGS.items():
+        if tokenizer.chat_template == _instruction(tokenizer, name):
+            return f"\n\n### {extra}\n"
+    return "\n\n"
+
+
+def _choose(tokenizer: PreTrainedTokenizerBase, template: str, base: Path) -> None:
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "instruction-en"
+    if template != "chat":
+        tokenizer.chat_template = _instruction(tokenizer, template)
+    elif not tokenizer.chat_template:
+        raise errors.ModelError(
+            f"data.template is chat, but the tokenizer in {base} has no chat template: use instruction-en or instruction-zh"
+        )
+
+
+def _instruction(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    question, _, answer = _HEADINGS[name]
+    adds_bos = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return ("{{- bos_token -}}" if adds_bos else "") + _TURNS.replace("QUESTION", question).replace("ANSWER", answer)

@@ -1,0 +1,63 @@
+"""Every name that the job uses, in the store and on the local disk."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG = "config.json"
+DONE = "done.json"
+ADAPTER = "adapter/"
+MERGED = "merged/"
+REPORT = "report/"
+CHECKPOINTS = "checkpoints/"
+ATTEMPTS = "attempts/"
+PROBE = ".probe"
+TRAINING = "training.json"  # beside the adapter: what it was trained on, and how it went
+
+
+def attempt(number: int) -> str:
+    """The log of attempt `number`, in the store."""
+    return f"{ATTEMPTS}{number}.jsonl"
+
+
+def checkpoint(step: int, number: int) -> str:
+    """The checkpoint that attempt `number` wrote after `step`; no two attempts share a name."""
+    return f"{CHECKPOINTS}{step:08d}-{number}/"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The local disk, which may be empty at every start."""
+
+    root: Path
+    run: str  # what tells this run's files from other runs': a digest of its URL
+
+    @classmethod
+    def of(cls, root: Path, run_url: str) -> "Cache":
+        """The cache at `root` as the run at `run_url` sees it."""
+        return cls(root, digest(run_url))
+
+    def base(self, fingerprint: str) -> Path:
+        """A base model, shared by all runs that use it."""
+        return self.root / "models" / fingerprint
+
+    def data(self, fingerprint: str) -> Path:
+        """Raw data files, shared by all runs that use them."""
+        return self.root / "data" / fingerprint
+
+    def prepared(self, fingerprint: str) -> Path:
+        """Tokenized data, shared by all runs that prepare the same files in the same way."""
+        return self.root / "prepared" / fingerprint
+
+    def log(self) -> Path:
+        """What the attempt under way has logged."""
+        return self.root / "logs" / f"{self.run}.jsonl"
+
+    def work(self, name: str) -> Path:
+        """Scratch of this run, removed when it is done."""
+        return self.root / "runs" / self.run / name
+
+
+def digest(text: str) -> str:
+    """A short name for `text` that is safe in file names."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,106 @@
+"""From files to records: JSONL, JSON, CSV and Parquet, plain or compressed, with the line of everything that is broken."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from job import errors
+
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record and its place in its file (a line, or a row from 1), or the reason why it cannot be read."""
+
+    place: int
+    value: dict[str, Any] | None
+    reason: str = ""
+
+
+def read(path: Path, name: str) -> Iterator[Record]:
+    """Every record of the file at `path`, which came from a file called `name`, in constant memory but for JSON.
+
+    Raises `errors.DataError` when the file as a whole cannot be read.
+    """
+    plain = name.removesuffix(".gz").removesuffix(".zst")
+    reader = {"jsonl": _jsonl, "json": _json, "csv": _csv}.get(plain.rpartition(".")[2])
+    try:
+        if reader is None:
+            yield from _parquet(path)
+        else:
+            with _open(path, name) as stream:
+                yield from reader(stream)
+    except (pa.ArrowException, OSError, csv.Error) as e:
+        raise errors.DataError(f"{name}: cannot be read: {e}. Is it complete, and what its name says?") from e
+    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as e:
+        raise errors.DataError(f"{name}: {_located(e)}") from e
+
+
+def _open(path: Path, name: str) -> BinaryIO:
+    codec = next((codec for end, codec in _COMPRESSED.items() if name.endswith(end)), None)
+    return cast("BinaryIO", pa.input_stream(str(path), compression=codec))
+
+
+def _jsonl(stream: BinaryIO) -> Iterator[Record]:
+    for number, line in enumerate(io.BufferedReader(cast("io.RawIOBase", stream)), start=1):
+        line = line.removeprefix(_BOM) if number == 1 else line  # noqa: PLW2901 - the same line
+        if not line.strip():
+            continue
+        try:
+            yield _record(number, json.loads(line.decode("utf-8")))
+        except json.JSONDecodeError as e:
+            yield Record(number, None, f"broken JSON: {e.msg} at column {e.colno}")
+        except UnicodeDecodeError as e:
+            yield Record(number, None, f"not UTF-8: byte {e.object[e.start]:#04x} at column {e.start + 1}")
+
+
+def _json(stream: BinaryIO) -> Iterator[Record]:
+    tree = json.loads(stream.read().removeprefix(_BOM).decode("utf-8"))
+    rows = tree.get("data") if isinstance(tree, dict) else tree
+    if not isinstance(rows, list):
+        raise ValueError('must be a list of records, or an object with a list under "data"')  # noqa: TRY004 - about the file, not a type
+    for number, row in enumerate(rows, start=1):
+        yield _record(number, row)
+
+
+def _csv(stream: BinaryIO) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    for row in rows:
+        if None in row or None in row.values():
+            yield Record(rows.line_num, None, f"has not the {len(rows.fieldnames or ())} columns of the header")
+        else:
+            yield _record(rows.line_num, row)
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    number = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield _record(number, row)
+
+
+def _record(place: int, value: object) -> Record:
+    if isinstance(value, dict):
+        return Record(place, value)
+    return Record(place, None, f"is a {type(value).__name__}, not an object with keys")
+
+
+def _located(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
+    return str(error)

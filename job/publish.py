@@ -1,0 +1,75 @@
+"""Put the results into the store, each whole or not at all, and say last that the run is done."""
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from job import config, errors, log, paths, storage
+from job.config import Config
+from job.storage import Store
+
+_VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "boto3")
+
+
+def directory(store: Store, local: Path, place: str) -> None:
+    """Upload the local directory to `place` in the store, manifest last."""
+    whole = storage.push(store, local, place)
+    log.event(
+        "publish.directory",
+        f"published {store.url}/{place} ({whole.size / 1e6:.1f} MB)",
+        place=place,
+        digest=whole.digest,
+    )
+
+
+def done(store: Store, settings: Config, facts: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Write ``done.json``: what came in, what went out, and how it went. Returns its content."""
+    record = {
+        "run": settings.run.name,
+        "config": config.digest(settings),
+        "inputs": facts["inputs"],
+        "training": {k: v for k, v in facts.items() if k not in ("inputs", "config")},
+        "artefacts": {place: _digest(store, place) for place in _places(settings)},
+        "versions": {package: importlib.metadata.version(package) for package in _VERSIONS},
+        "attempt": number,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    store.put(paths.DONE, json.dumps(record, indent=1).encode())
+    return record
+
+
+def attempt(store: Store, log_file: Path, number: int) -> None:
+    """Keep what attempt `number` logged. The log is a witness, not a result: a failure here is said, and no more."""
+    try:
+        store.put(paths.attempt(number), log_file.read_bytes())
+    except (errors.JobError, OSError) as e:
+        log.warn("publish.attempt", f"the log of this attempt could not be kept: {e}")
+
+
+def finished(store: Store, settings: Config) -> dict[str, Any] | None:
+    """The content of ``done.json`` if the run is done and everything it names is still whole; None otherwise."""
+    blob = store.read(paths.DONE)
+    if blob is None:
+        return None
+    record: dict[str, Any] = json.loads(blob.data)
+    changed = [place for place in _places(settings) if record["artefacts"].get(place) != _digest(store, place)]
+    if changed:
+        log.warn(
+            "publish.changed",
+            f"{store.url} was done, but {', '.join(changed)} is no longer what {paths.DONE} says: making it again",
+            places=changed,
+        )
+        return None
+    return record
+
+
+def _places(settings: Config) -> list[str]:
+    return [paths.ADAPTER, paths.REPORT, *([paths.MERGED] if settings.merge.enabled else [])]
+
+
+def _digest(store: Store, place: str) -> str | None:
+    whole = storage.sealed(store, place)
+    return whole.digest if whole else None

@@ -1,0 +1,193 @@
+"""Bring the base model and the data to this machine, and say in the first second what cannot be brought.
+
+Files of a ``file://`` URL are used where they lie; everything else is copied to the cache, once.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from job import errors, log, manifest, paths, storage
+from job.config import Config
+from job.inputs import Base, DataFile
+from job.manifest import Manifest
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
+_SHARDS = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
+_FREE = 1 << 30  # bytes that must stay free on the cache's disk
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Files of one source that belong together, not yet fetched."""
+
+    source: storage.Source
+    entries: Sequence[storage.Entry]
+
+    @property
+    def size(self) -> int:
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def fingerprint(self) -> str:
+        listing = [[e.key, e.size, e.version] for e in self.entries]
+        return paths.digest(json.dumps([self.source.url, listing]))
+
+
+def preflight(config: Config, cache: paths.Cache) -> None:
+    """Look at everything that the run will read, without reading it: is it there, is it usable, is there room?
+
+    Raises the error that the run would end with later.
+    """
+    found = [_base(config), *(_data(url) for url in (*config.data.train, *config.data.eval))]
+    needed = sum(f.size for f in found if not isinstance(f.source, storage.Folder) and not _present(f, cache))
+    cache.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache.root).free
+    if needed + _FREE > free:
+        raise errors.DiskFullError(
+            f"{cache.root}: {free / 1e9:.1f} GB are free, the run has {needed / 1e9:.1f} GB to pull and needs 1 GB besides: "
+            "free space, or set run.cache to a larger disk"
+        )
+    log.event(
+        "preflight",
+        f"found the base model ({found[0].size / 1e9:.2f} GB) and {len(found) - 1} data source(s)",
+        bytes=needed,
+    )
+
+
+def base(config: Config, cache: paths.Cache) -> Base:
+    """Bring the base model here, verified, and say which one it is."""
+    found = _base(config)
+    path, whole = _here(found, cache.base(found.fingerprint))
+    return Base(config.model.base, path, whole.digest)
+
+
+def data(urls: Iterable[str], cache: paths.Cache) -> list[DataFile]:
+    """Bring the data files of one split here, in the order of `urls` and of their names."""
+    files = []
+    for url in urls:
+        found = _data(url)
+        path, whole = _here(found, cache.data(found.fingerprint))
+        below = found.source.url
+        files += [DataFile(f"{below}/{e.key}", path / e.key, whole.files[e.key].sha256) for e in found.entries]
+    return files
+
+
+def artefact(store: storage.Store, place: str, cache: paths.Cache) -> Path:
+    """Bring a sealed directory of the run here, verified; raises `errors.StoreError` if it is not whole."""
+    target = cache.work(place.rstrip("/"))
+    if storage.fetch(store, place, target) is None:
+        raise errors.StoreError(f"{store.url}/{place} is not whole although it was a moment ago; start again")
+    return target
+
+
+def _here(found: _Found, target: Path) -> tuple[Path, Manifest]:
+    if isinstance(found.source, storage.Folder):
+        return found.source.root, _recorded(found.source, found.entries, target.with_suffix(".json"))
+    if manifest.sealed(target):
+        log.event("pull.here", f"{found.source.url} is here already", url=found.source.url, path=str(target))
+    whole = storage.pull(found.source, found.entries, target)
+    log.event(
+        "pull.done",
+        f"{found.source.url}: {len(whole.files)} files, {whole.size / 1e9:.2f} GB, verified",
+        url=found.source.url,
+        digest=whole.digest,
+    )
+    return target, whole
+
+
+def _recorded(folder: storage.Folder, entries: Sequence[storage.Entry], record: Path) -> Manifest:
+    """Hash files that are used in place, once: the record's name changes when a size or a time does."""
+    if record.is_file():
+        return manifest.parse(record.read_bytes(), str(record))
+    files = {e.key: manifest.File(size=e.size, sha256=manifest.sha256(folder.path(e))) for e in entries}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    temporary = record.with_suffix(".part")
+    temporary.write_bytes(Manifest(files).to_json())
+    temporary.rename(record)
+    log.event(
+        "pull.in_place",
+        f"{folder.url}: using {len(files)} file(s) where they lie",
+        url=folder.url,
+        digest=Manifest(files).digest,
+    )
+    return Manifest(files)
+
+
+def _present(found: _Found, cache: paths.Cache) -> bool:
+    return any(manifest.sealed(place(found.fingerprint)) for place in (cache.base, cache.data))
+
+
+def _base(config: Config) -> _Found:
+    source = storage.source(config.model.base)
+    entries = [e for e in source.list() if e.key != manifest.NAME]
+    if not entries:
+        raise errors.NotFoundError(
+            f"model.base: {source.url} holds no files: correct the URL, or upload the model there"
+        )
+    names = {e.key for e in entries}
+    weights = _weights(names, source.url)
+    if "config.json" not in names:
+        raise errors.ModelError(
+            f"model.base: {source.url} has no config.json: it is not a model folder in Hugging Face layout"
+        )
+    if not names.intersection(_TOKENIZERS):
+        raise errors.ModelError(
+            f"model.base: {source.url} has no tokenizer (one of {', '.join(_TOKENIZERS)}): upload it beside the weights"
+        )
+    wanted = [e for e in entries if e.key in weights or ("/" not in e.key and not _WEIGHTS.search(e.key))]
+    ignored = sorted(names - {e.key for e in wanted})
+    if ignored:
+        log.event(
+            "pull.ignored",
+            f"{source.url}: not needed and left there: {', '.join(ignored[:8])}{' …' if len(ignored) > 8 else ''}",
+            files=ignored,
+        )
+    return _Found(source, wanted)
+
+
+def _weights(names: set[str], where: str) -> set[str]:
+    weights = {n for n in names if n.endswith(".safetensors") and "/" not in n and not n.startswith("adapter_")}
+    if not weights:
+        other = sorted(n for n in names if _WEIGHTS.search(n) and "/" not in n)
+        seen = f"only {', '.join(other[:4])}" if other else "no weights at all"
+        raise errors.ModelError(
+            f"model.base: {where} has {seen}: the job reads *.safetensors; convert the model and upload it again"
+        )
+    for name in sorted(weights):
+        shard = _SHARDS.search(name)
+        if shard:
+            stem = name[: shard.start()]
+            missing = [
+                s
+                for i in range(1, int(shard[2]) + 1)
+                if (s := f"{stem}-{i:05d}-of-{shard[2]}.safetensors") not in weights
+            ]
+            if missing:
+                raise errors.ModelError(
+                    f"model.base: {where} lacks {', '.join(missing[:4])}: the upload of the model was not finished"
+                )
+    return weights
+
+
+def _data(url: str) -> _Found:
+    folder, _, name = url.rpartition("/")
+    source = storage.source(folder)
+    if name:
+        entries = [e for e in source.list(name) if e.key == name]
+    else:
+        entries = [e for e in source.list() if _DATA.search(e.key)]
+    if not entries:
+        raise errors.NotFoundError(
+            f"data: {url} {'does not exist' if name else 'holds no data files'}: correct the URL"
+        )
+    if not all(_DATA.search(e.key) for e in entries):
+        raise errors.DataError(
+            f"data: {url}: the name must end in .jsonl, .json, .csv or .parquet, or one of the first three and .gz or .zst"
+        )
+    return _Found(source, entries)

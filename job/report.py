@@ -1,0 +1,65 @@
+"""The run in one page of Markdown, for the person who asked for it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from job.config import Config
+
+NAME = "report.md"
+
+
+def write(config: Config, facts: Mapping[str, Any], directory: Path, store_url: str) -> Path:
+    """Write the report beside the figures that training left in `directory` and return the directory."""
+    data = json.loads((directory / "data.json").read_text(encoding="utf-8"))
+    sample = (directory / "sample.txt").read_text(encoding="utf-8")
+    sections = [
+        _head(config, facts, store_url),
+        _data(data),
+        f"## What the model saw\nTrained tokens stand between ⟦ and ⟧.\n\n{_quoted(sample)}",
+        _settings(config),
+    ]
+    path = directory / NAME
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return directory
+
+
+def losses(facts: Mapping[str, Any]) -> str:
+    """Loss before and after, in a phrase."""
+    return f"{facts['loss_measured_on']} loss {facts['loss_before']:.4f} before, {facts['loss_after']:.4f} after"
+
+
+def _head(config: Config, facts: Mapping[str, Any], store_url: str) -> str:
+    rows = {
+        "Base model": f"{facts['base']} (digest {facts['inputs']['base']})",
+        "Data": f"digest {facts['inputs']['data']}",
+        "Steps": f"{facts['steps']} ({facts['epochs']:.2f} epochs, {facts['tokens']:,} tokens); the adapter is of step {facts['step_kept']}",
+        "Loss": losses(facts),
+        "Adapter": f"{store_url}/adapter/",
+        "Merged model": f"{store_url}/merged/, in {config.merge.dtype}, into the {config.merge.base} base"
+        if config.merge.enabled
+        else "not asked for",
+    }
+    return f"# {config.run.name}\n\n" + "\n".join(f"- **{name}**: {value}" for name, value in rows.items())
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    lines = [
+        "## Data",
+        "| split | records | used | left out | cut to length | tokens | trained tokens | longest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {split} | {c['records']} | {c['examples']} | {c['bad']} | {c['truncated']} | {c['tokens']} | {c['trained_tokens']} | {c['longest']} |"
+        for split, c in data.items()
+    ]
+    return "\n".join(lines)
+
+
+def _settings(config: Config) -> str:
+    return "## Config\n```json\n" + json.dumps(config.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n```"
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

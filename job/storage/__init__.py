@@ -1,0 +1,50 @@
+"""Directories and small objects to and from a store, whole or not at all."""
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from job import errors
+from job.storage.directory import fetch, pull, push, remove, sealed
+from job.storage.folder import Folder
+from job.storage.store import Advance, Blob, Entry, Seen, Source, Store
+
+__all__ = [
+    "Advance",
+    "Blob",
+    "Entry",
+    "Folder",
+    "Seen",
+    "Source",
+    "Store",
+    "connect",
+    "fetch",
+    "pull",
+    "push",
+    "remove",
+    "sealed",
+    "source",
+]
+
+
+def connect(url: str) -> Store:
+    """The writable store at ``s3://bucket/prefix`` or ``file:///path``."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "file":
+        return Folder(Path(unquote(urlsplit(url).path)))
+    if scheme == "s3":
+        from job.storage.s3 import S3  # boto3 takes a third of a second to import
+
+        bucket, _, prefix = rest.partition("/")
+        return S3(bucket, prefix.strip("/"))
+    raise errors.ConfigError(f"{url}: no store; use s3://bucket/prefix or file:///absolute/path")
+
+
+def source(url: str) -> Source:
+    """What can be read at `url`: a writable store, or ``hf://org/name@revision``."""
+    scheme, _, rest = url.partition("://")
+    if scheme != "hf":
+        return connect(url)
+    from job.storage.hub import Hub
+
+    repository, _, revision = rest.partition("@")
+    return Hub(repository, revision)

@@ -1,0 +1,132 @@
+"""Is what arrived what the store holds? Checks a file against the checksum that S3 itself keeps for it.
+
+AWS documentation, "Checking object integrity": an ETag is the MD5 of the object, or for a multipart upload the MD5 of
+its parts' MD5s, unless the object is encrypted with a key of the customer's; newer uploads carry CRCs or SHA sums.
+"""
+
+import base64
+import hashlib
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from awscrt import checksums
+
+from job import errors
+from job.storage.store import Seen
+
+_BLOCK = 1 << 20
+_MD5 = re.compile(r"^[0-9a-f]{32}$")
+_MULTIPART = re.compile(r"^([0-9a-f]{32})-([1-9][0-9]*)$")
+
+
+class Digest(Protocol):
+    """What hashlib's objects do."""
+
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The store's own checksum: which, its value in hexadecimal, and how to compute it."""
+
+    name: str
+    value: str
+    start: Callable[[], Digest]
+
+
+class _Crc:
+    def __init__(self, step: Callable[[bytes, int], int], width: int) -> None:
+        self._step, self._width, self._value = step, width, 0
+
+    def update(self, data: bytes, /) -> None:
+        self._value = self._step(data, self._value)
+
+    def hexdigest(self) -> str:
+        return self._value.to_bytes(self._width, "big").hex()
+
+
+class _MultipartMd5:
+    """MD5 of the MD5s of parts of equal size, the last one shorter."""
+
+    def __init__(self, part_size: int) -> None:
+        self._size, self._left = part_size, part_size
+        self._part, self._all = hashlib.md5(usedforsecurity=False), hashlib.md5(usedforsecurity=False)
+
+    def update(self, data: bytes, /) -> None:
+        while data:
+            now, data = data[: self._left], data[self._left :]
+            self._part.update(now)
+            self._left -= len(now)
+            if not self._left:
+                self._close()
+
+    def hexdigest(self) -> str:
+        if self._left != self._size:
+            self._close()
+        return self._all.hexdigest()
+
+    def _close(self) -> None:
+        self._all.update(self._part.digest())
+        self._part, self._left = hashlib.md5(usedforsecurity=False), self._size
+
+
+_KEPT: dict[str, Callable[[], Digest]] = {
+    "SHA256": hashlib.sha256,
+    "CRC64NVME": lambda: _Crc(checksums.crc64nvme, 8),
+    "CRC32C": lambda: _Crc(checksums.crc32c, 4),
+    "CRC32": lambda: _Crc(zlib.crc32, 4),
+    "SHA1": lambda: hashlib.sha1(usedforsecurity=False),
+}
+
+
+def expected(head: Mapping[str, Any], part_size: int | None) -> Expected | None:
+    """The strongest checksum of the whole object in the reply to HeadObject; None if the store keeps none.
+
+    `part_size` is the size in bytes of a multipart object's first part, if known.
+    """
+    if head.get("ChecksumType") != "COMPOSITE":
+        for name, start in _KEPT.items():
+            if value := head.get(f"Checksum{name}"):
+                return Expected(name, base64.b64decode(value).hex(), start)
+    if str(head.get("ServerSideEncryption", "")).startswith("aws:kms") or head.get("SSECustomerAlgorithm"):
+        return None
+    etag = str(head.get("ETag", "")).strip('"')
+    if _MD5.match(etag):
+        return Expected("MD5", etag, lambda: hashlib.md5(usedforsecurity=False))
+    multipart = _MULTIPART.match(etag)
+    if multipart and part_size and -(-int(head["ContentLength"]) // part_size) == int(multipart[2]):
+        return Expected("MD5 of parts", multipart[1], lambda: _MultipartMd5(part_size))
+    return None
+
+
+def verify(path: Path, size: int, wanted: Expected | None, where: str) -> Seen:
+    """Hash the file at `path`, which came from `where`, and compare.
+
+    Raises `errors.StoreError` if the size or the checksum differs.
+    """
+    sha256 = hashlib.sha256()
+    theirs = wanted.start() if wanted else None
+    seen = 0
+    for block in _blocks(path):
+        seen += len(block)
+        sha256.update(block)
+        if theirs:
+            theirs.update(block)
+    if seen != size:
+        raise errors.DamagedError(f"{where}: {seen} of {size} bytes arrived")
+    if wanted and theirs and theirs.hexdigest() != wanted.value:
+        raise errors.DamagedError(
+            f"{where}: damaged on the way: {wanted.name} is {theirs.hexdigest()}, the store says {wanted.value}"
+        )
+    return Seen(sha256.hexdigest(), wanted.name if wanted else "size")
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            yield block

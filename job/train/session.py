@@ -1,0 +1,183 @@
+"""One attempt at training: load, resume, train, choose the best, write the result."""
+
+import json
+import shutil
+import time
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from trl import SFTConfig
+
+from job import checkpoint, config, errors, log, manifest, model, paths, storage
+from job.config import Config
+from job.inputs import Task
+from job.preemption import Notice
+from job.train.progress import Progress
+from job.train.trainer import Cadence, Exact, Trainer, due
+
+
+def train(task: Task, notice: Notice) -> None:
+    """Train until done or asked to stop; a sealed ``task.out`` is the sign of the former.
+
+    Raises `errors.Preempted` after saving, and `errors.ModelError` when training cannot give a usable adapter.
+    """
+    datasets.disable_progress_bars()
+    torch.manual_seed(task.config.run.seed)  # of the adapter's first values
+    settings = task.config
+    tokenizer = model.tokenizer(task.base, settings.data.template, trust_remote_code=settings.model.trust_remote_code)
+    log.event("train.load", f"loading the base model ({settings.model.quantization})")
+    network = model.adapted(model.for_training(task.base, settings.model), settings.lora)
+    checkpoints = checkpoint.Checkpoints(
+        storage.connect(settings.run.url), task.attempt, task.inputs, settings.checkpoint.keep, task.scratch
+    )
+    resumed = checkpoints.latest()
+    shutil.rmtree(task.out, ignore_errors=True)
+    progress = Progress(task.out / "report")
+    trainer = _trainer(task, network, tokenizer, checkpoints, progress, notice, resumed)
+    _run(trainer, resumed, notice)
+    _write(task, trainer, checkpoints, tokenizer)
+
+
+def _trainer(
+    task: Task, network: Any, tokenizer: Any, checkpoints: checkpoint.Checkpoints, progress: Progress, notice: Notice, resumed: checkpoint.Found | None
+) -> Trainer:  # fmt: skip
+    settings, evaluation = task.config, task.data / "eval.arrow"
+    evaluates = evaluation.is_file()
+    keep_best = settings.train.keep_best and evaluates
+    arguments = _arguments(task, evaluates=evaluates, on_start=evaluates and _evaluate_first(settings, resumed))
+    trainer = Trainer(
+        checkpoints,
+        keep_best=keep_best,
+        model=network,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_file(str(task.data / "train.arrow")),
+        eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
+        callbacks=[Exact(settings.run.seed), Cadence(notice, settings.checkpoint, keep_best=keep_best), progress],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    model.in_float32(trainer.model)
+    return trainer
+
+
+def _arguments(task: Task, *, evaluates: bool, on_start: bool) -> SFTConfig:
+    run, wanted = task.config.run, task.config.train
+    dtype = model.compute_dtype(task.config.model.compute_dtype)
+    task.scratch.mkdir(parents=True, exist_ok=True)
+    return SFTConfig(
+        output_dir=str(task.scratch),
+        seed=run.seed,
+        data_seed=run.seed,
+        max_length=None,  # cut already while preparing
+        num_train_epochs=wanted.epochs or 3.0,
+        max_steps=wanted.max_steps or -1,
+        per_device_train_batch_size=wanted.micro_batch_size,
+        per_device_eval_batch_size=wanted.micro_batch_size,
+        gradient_accumulation_steps=wanted.accumulation(1),
+        learning_rate=wanted.learning_rate,
+        lr_scheduler_type=wanted.schedule if wanted.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=wanted.warmup,  # below 1 a share here too
+        weight_decay=wanted.weight_decay,
+        max_grad_norm=wanted.max_grad_norm,
+        optim=wanted.optimizer,
+        gradient_checkpointing=wanted.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_strategy="steps",
+        logging_steps=wanted.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it replaces a lost loss by the average of the others
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=wanted.eval_every,
+        eval_on_start=on_start,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=task.config.checkpoint.every_steps,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _evaluate_first(settings: Config, resumed: checkpoint.Found | None) -> bool:
+    """A fresh run measures the base model; a resumed one what the last attempt had no time for."""
+    return resumed is None or due(_state(resumed), settings.train.eval_every)
+
+
+def _state(found: checkpoint.Found) -> transformers.TrainerState:
+    return transformers.TrainerState.load_from_json(str(found.path / checkpoint.TRAINER))
+
+
+def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice) -> None:
+    if resumed and (state := _state(resumed)).global_step >= state.max_steps:
+        log.event("train.over", f"all {state.max_steps} steps are done already", step=state.global_step)
+        trainer.state = state
+        checkpoint.restore_adapter(resumed.path, trainer.model)
+        return
+    if resumed:
+        log.event("train.resume", f"going on after step {resumed.step}", step=resumed.step)
+    notice.check()
+    started = time.monotonic()
+    try:
+        with notice.deferred():
+            trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
+    except torch.OutOfMemoryError as e:
+        raise errors.PermanentError(
+            f"the GPU's memory is too small: {e}. Lower train.micro_batch_size (the result stays the same) or data.max_length"
+        ) from e
+    log.event(
+        "train.done",
+        f"trained {trainer.state.global_step} steps",
+        step=trainer.state.global_step,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, tokenizer: Any) -> None:
+    best = trainer.state.best_global_step if task.config.train.keep_best else None
+    if best and best != trainer.state.global_step:
+        log.event(
+            "train.best",
+            f"the best eval loss was {trainer.state.best_metric:.4f} at step {best}: keeping that adapter",
+            step=best,
+        )
+        checkpoint.restore_adapter(checkpoints.at(best).path, trainer.model)
+    adapter, report = task.out / "adapter", task.out / "report"
+    shape = trainer.model.peft_config["default"]
+    shape.base_model_name_or_path = task.config.model.base  # not where the cache of this machine is
+    trainer.model.save_pretrained(str(adapter))
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's names nothing but a path
+    tokenizer.save_pretrained(str(adapter))
+    facts = _facts(task, trainer.state, best)
+    (adapter / paths.TRAINING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    for name in ("data.json", "sample.txt"):
+        shutil.copyfile(task.data / name, report / name)
+    manifest.seal(task.out)
+
+
+def _facts(task: Task, state: transformers.TrainerState, best: int | None) -> dict[str, Any]:
+    """What the report and the merge must know of this training."""
+    training = [e["loss"] for e in state.log_history if "loss" in e]
+    evaluation = {e["step"]: e["eval_loss"] for e in state.log_history if "eval_loss" in e}
+    kept = best or state.global_step
+    measured = bool(evaluation)
+    return {
+        "base": task.config.model.base,
+        "inputs": dict(task.inputs),
+        "config": config.digest(task.config),
+        "steps": state.global_step,
+        "step_kept": kept,
+        "epochs": state.epoch,
+        "tokens": int(state.num_input_tokens_seen),
+        "loss_measured_on": "eval" if measured else "train",
+        "loss_before": evaluation.get(0) if measured else training[0],
+        "loss_after": evaluation.get(kept) if measured else training[-1],
+    }

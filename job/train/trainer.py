@@ -1,0 +1,123 @@
+"""TRL's trainer, made exact: our checkpoints instead of its own, and randomness that depends on the step alone."""
+
+import hashlib
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from job import checkpoint, config
+from job.model import IGNORED
+from job.preemption import Notice
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
+    """Saves to and restores from the run's store, and never loads a pickle."""
+
+    def __init__(self, checkpoints: checkpoint.Checkpoints, *, keep_best: bool, **how: Any) -> None:
+        super().__init__(**how)
+        self._checkpoints, self._keep_best = checkpoints, keep_best
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses over tokens, tokens
+
+    def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        count = (inputs["labels"][:, 1:] != IGNORED).sum().item()
+        result = super().prediction_step(model, inputs, *rest, **more)
+        self._evaluated += torch.tensor([float(result[0]) * count, count], dtype=torch.float64)
+        return result
+
+    def evaluation_loop(self, *how: Any, **more: Any) -> Any:
+        """Weigh every token alike: the stock mean over batches changes with the batch size."""
+        self._evaluated.zero_()
+        output = super().evaluation_loop(*how, **more)
+        total, count = self._evaluated.tolist()
+        output.metrics["eval_loss"] = total / max(count, 1)
+        return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.store_flos()
+        if self.is_world_process_zero():
+            scratch = Path(self.args.output_dir) / "trainer_state.json"
+            self.state.save_to_json(str(scratch))
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
+            state = checkpoint.capture(
+                self.state.global_step,
+                self.model,
+                optimizer,
+                self.lr_scheduler,
+                self.accelerator.scaler,
+                scratch.read_text(encoding="utf-8"),
+            )
+            self._checkpoints.save(state, self.state.best_global_step if self._keep_best else None)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.restore_adapter(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is not None:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            checkpoint.restore_optimizer(
+                Path(checkpoint_dir), self.model, optimizer, self.lr_scheduler, self.accelerator.scaler
+            )
+
+    def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
+        begun: tuple[int, int] = super()._init_training_state(max_steps, *rest)
+        self.state.compute_steps(
+            self.args, max_steps
+        )  # a restored state carries the cadence of the attempt that wrote it
+        return begun
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: `Exact` seeds every step, and the stock way is a pickle for each rank."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Restored with the optimizer."""
+
+
+class Exact(TrainerCallback):
+    """Makes dropout and every other draw of a step a function of (seed, step, rank): resuming needs no generator state."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        drawn = hashlib.sha256(f"{self._seed} {state.global_step} {args.process_index}".encode()).digest()
+        seed = int.from_bytes(drawn[:4], "big")
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
+        torch.manual_seed(seed)  # of every GPU too
+
+
+class Cadence(TrainerCallback):
+    """When to save besides every n steps, and when to stop because the cluster asks for it."""
+
+    def __init__(self, notice: Notice, settings: config.Checkpoint, *, keep_best: bool) -> None:
+        self._notice, self._minutes, self._keep_best = notice, settings.every_minutes, keep_best
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._minutes and time.monotonic() - self._saved >= self._minutes * 60:
+            control.should_save = True
+        if self._notice.reason and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # seconds are short; `due` makes the next attempt catch up
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
+    ) -> None:
+        best = state.best_metric
+        if self._keep_best and state.global_step and (best is None or metrics["eval_loss"] < best):
+            control.should_save = True  # the best adapter must be in the store, whatever the cadence
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saved = time.monotonic()
+
+
+def due(state: TrainerState, every: int) -> bool:
+    """Whether the evaluation that belongs to the restored step was cut off by a request to stop."""
+    done = any(entry.get("step") == state.global_step and "eval_loss" in entry for entry in state.log_history)
+    return state.global_step % every == 0 and not done
