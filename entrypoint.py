@@ -170,10 +170,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, (errors.JobError, errors.Preempted)):
         return error.status, str(error)
     if isinstance(error, OSError) and error.errno in _FULL:
-        return (
-            errors.FAILED,
-            f"no space left on the disk of {error.filename or 'the cache'}: free space, or set run.cache to a larger disk",
-        )
+        where = error.filename or "the cache"
+        return errors.FAILED, f"no space left on the disk of {where}: free space, or set run.cache to a larger disk"
     return errors.FAILED, f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,9 +19,34 @@ from torch import nn
 from job import errors, log, manifest, paths, storage
 
 ADAPTER, OPTIMIZER, STATE, TRAINER = "adapter.safetensors", "optimizer.safetensors", "state.json", "trainer_state.json"
+_SCHEDULE = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
 _NAME = re.compile(rf"^{paths.CHECKPOINTS}(\d+)-(\d+)/")
 
 Tensors = dict[str, torch.Tensor]
+
+
+class Stateful(Protocol):
+    """What a learning-rate schedule and a loss scaler have in common."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, as JSON values."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the counters."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The parts of a training loop whose state is kept; `scaler` only when training in float16."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Stateful
+    scaler: Stateful | None
+
+    def names(self) -> dict[nn.Parameter, str]:
+        """The name of every parameter that is trained."""
+        return {parameter: name for name, parameter in self.network.named_parameters() if parameter.requires_grad}
 
 
 @dataclass(frozen=True)
@@ -67,7 +92,8 @@ class Checkpoints:
         broken = [name for name, tensor in state.adapter.items() if not torch.isfinite(tensor).all()]
         if broken:
             raise errors.ModelError(
-                f"step {state.step}: the adapter holds NaN or Inf ({broken[0]} and {len(broken) - 1} more): lower train.learning_rate"
+                f"step {state.step}: the adapter holds NaN or Inf ({broken[0]} and {len(broken) - 1} "
+                "more): lower train.learning_rate"
             )
         local = self._scratch / f"save-{state.step}"
         shutil.rmtree(local, ignore_errors=True)
@@ -106,7 +132,8 @@ class Checkpoints:
             if found:
                 return found
         raise errors.StoreError(
-            f"the checkpoint of step {step}, the best one, is missing or damaged in {self._store.url}/{paths.CHECKPOINTS}"
+            f"the checkpoint of step {step}, the best one, is missing or damaged in "
+            f"{self._store.url}/{paths.CHECKPOINTS}"
         )
 
     def _fetch(self, name: str, step: int) -> Found | None:
@@ -127,7 +154,8 @@ class Checkpoints:
         for what, digest in self._inputs.items():
             if theirs.get(what) != digest:
                 raise errors.ModelError(
-                    f"{self._store.url}/{name} was trained with another {what} (digest {theirs.get(what)}, now {digest}): "
+                    f"{self._store.url}/{name} was trained with another {what} (digest {theirs.get(what)}, "
+                    f"now {digest}): "
                     "put the old one back, or use another run.url"
                 )
 
@@ -150,28 +178,25 @@ class Checkpoints:
                 storage.remove(self._store, name)
 
 
-def capture(
-    step: int, network: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any, trainer: str
-) -> State:
+def capture(step: int, loop: Loop, trainer: str) -> State:
     """Copy everything that changes while training to host memory."""
-    names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
     tensors: Tensors = {}
     numbers: dict[str, dict[str, Any]] = {}
-    for parameter, name in names.items():
-        for what, value in optimizer.state.get(parameter, {}).items():
+    for parameter, name in loop.names().items():
+        for what, value in loop.optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{name}/{what}"] = _on_host(value)
             else:
                 numbers.setdefault(name, {})[what] = value
+    schedule = loop.scheduler.state_dict()
     scalars = {
         "optimizer": numbers,
-        "rates": [group["lr"] for group in optimizer.param_groups],
-        "scheduler": {
-            k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"
-        },
-        "scaler": scaler.state_dict() if scaler else None,
+        "rates": [group["lr"] for group in loop.optimizer.param_groups],
+        "scheduler": {what: schedule[what] for what in _SCHEDULE if what in schedule},
+        "scaler": loop.scaler.state_dict() if loop.scaler else None,
     }
-    return State(step, {name: _on_host(parameter) for parameter, name in names.items()}, tensors, scalars, trainer)
+    adapter = {name: _on_host(parameter) for parameter, name in loop.names().items()}
+    return State(step, adapter, tensors, scalars, trainer)
 
 
 def restore_adapter(directory: Path, network: nn.Module) -> None:
@@ -191,24 +216,22 @@ def restore_adapter(directory: Path, network: nn.Module) -> None:
             parameter.data = saved[name].to(parameter.device)
 
 
-def restore_optimizer(
-    directory: Path, network: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any
-) -> None:
+def restore_optimizer(directory: Path, loop: Loop) -> None:
     """Put the optimizer, the schedule and the loss scale back to where they were."""
     scalars = json.loads((directory / STATE).read_text(encoding="utf-8"))
-    names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    names = loop.names()
     by_name: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars["optimizer"].items()}
     for key, tensor in load_file(directory / OPTIMIZER).items():
         name, _, what = key.rpartition("/")
         by_name.setdefault(name, {})[what] = tensor
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ordered = [parameter for group in loop.optimizer.param_groups for parameter in group["params"]]
     state = {index: by_name[names[parameter]] for index, parameter in enumerate(ordered) if names[parameter] in by_name}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for group, rate in zip(optimizer.param_groups, scalars["rates"], strict=True):
+    loop.optimizer.load_state_dict({"state": state, "param_groups": loop.optimizer.state_dict()["param_groups"]})
+    for group, rate in zip(loop.optimizer.param_groups, scalars["rates"], strict=True):
         group["lr"] = rate  # a scheduler restores its own counters only
-    scheduler.load_state_dict({**scheduler.state_dict(), **scalars["scheduler"]})
-    if scaler and scalars["scaler"]:
-        scaler.load_state_dict(scalars["scaler"])
+    loop.scheduler.load_state_dict({**loop.scheduler.state_dict(), **scalars["scheduler"]})
+    if loop.scaler and scalars["scaler"]:
+        loop.scaler.load_state_dict(scalars["scaler"])
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ def agree(store: Store, ours: Config) -> None:
     if changed and _has_results(store):
         listed = "\n".join(f"  {line}" for line in changed)
         raise errors.ConfigError(
-            f"{store.url} holds a run with another config:\n{listed}\nUse another run.url for another run, or the config kept in {store.url}/{paths.CONFIG}"
+            f"{store.url} holds a run with another config:\n{listed}\nUse another run.url for another run, "
+            f"or the config kept in {store.url}/{paths.CONFIG}"
         )
 
 

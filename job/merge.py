@@ -1,4 +1,7 @@
-"""Add the adapter to the original base weights, never to quantized ones, and save a model that needs nothing of ours."""
+"""Add the adapter to the original base weights, never to quantized ones.
+
+The result is a sealed folder that plain transformers loads and that needs nothing of ours.
+"""
 
 import json
 import shutil
@@ -28,7 +31,8 @@ def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Pat
     facts = json.loads((adapter / paths.TRAINING).read_text(encoding="utf-8"))
     if facts["inputs"]["base"] != base.digest:
         raise errors.ModelError(
-            f"model.base: {base.url} has digest {base.digest}, the adapter was trained on {facts['inputs']['base']}: put that base back"
+            f"model.base: {base.url} has digest {base.digest}, the adapter was trained on "
+            f"{facts['inputs']['base']}: put that base back"
         )
     log.event("merge.start", f"merging into the original base in {config.merge.dtype}")
     partial = out.with_name(f"{out.name}.partial")

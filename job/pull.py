@@ -19,6 +19,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
+_SHOWN = 8  # names in one line
 _FREE = 1 << 30  # bytes that must stay free on the cache's disk
 
 
@@ -40,7 +41,7 @@ class _Found:
 
 
 def preflight(config: Config, cache: paths.Cache) -> None:
-    """Look at everything that the run will read, without reading it: is it there, is it usable, is there room?
+    """Look at everything that the run will read, without reading it: it is there, usable, and there is room.
 
     Raises the error that the run would end with later.
     """
@@ -50,7 +51,8 @@ def preflight(config: Config, cache: paths.Cache) -> None:
     free = shutil.disk_usage(cache.root).free
     if needed + _FREE > free:
         raise errors.DiskFullError(
-            f"{cache.root}: {free / 1e9:.1f} GB are free, the run has {needed / 1e9:.1f} GB to pull and needs 1 GB besides: "
+            f"{cache.root}: {free / 1e9:.1f} GB are free, the run has {needed / 1e9:.1f} GB to pull and "
+            "needs 1 GB besides: "
             "free space, or set run.cache to a larger disk"
         )
     log.event(
@@ -145,17 +147,22 @@ def _base(config: Config) -> _Found:
     if ignored:
         log.event(
             "pull.ignored",
-            f"{source.url}: not needed and left there: {', '.join(ignored[:8])}{' …' if len(ignored) > 8 else ''}",
+            f"{source.url}: not needed and left there: {_some(ignored)}",
             files=ignored,
         )
     return _Found(source, wanted)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
 def _weights(names: set[str], where: str) -> set[str]:
     weights = {n for n in names if n.endswith(".safetensors") and "/" not in n and not n.startswith("adapter_")}
     if not weights:
         other = sorted(n for n in names if _WEIGHTS.search(n) and "/" not in n)
-        seen = f"only {', '.join(other[:4])}" if other else "no weights at all"
+        seen = f"only {_some(other)}" if other else "no weights at all"
         raise errors.ModelError(
             f"model.base: {where} has {seen}: the job reads *.safetensors; convert the model and upload it again"
         )
@@ -170,7 +177,7 @@ def _weights(names: set[str], where: str) -> set[str]:
             ]
             if missing:
                 raise errors.ModelError(
-                    f"model.base: {where} lacks {', '.join(missing[:4])}: the upload of the model was not finished"
+                    f"model.base: {where} lacks {_some(missing)}: the upload of the model was not finished"
                 )
     return weights
 
@@ -188,6 +195,7 @@ def _data(url: str) -> _Found:
         )
     if not all(_DATA.search(e.key) for e in entries):
         raise errors.DataError(
-            f"data: {url}: the name must end in .jsonl, .json, .csv or .parquet, or one of the first three and .gz or .zst"
+            f"data: {url}: the name must end in .jsonl, .json, .csv or .parquet, or one of the first three "
+            "and .gz or .zst"
         )
     return _Found(source, entries)

@@ -34,7 +34,8 @@ def _head(config: Config, facts: Mapping[str, Any], store_url: str) -> str:
     rows = {
         "Base model": f"{facts['base']} (digest {facts['inputs']['base']})",
         "Data": f"digest {facts['inputs']['data']}",
-        "Steps": f"{facts['steps']} ({facts['epochs']:.2f} epochs, {facts['tokens']:,} tokens); the adapter is of step {facts['step_kept']}",
+        "Steps": f"{facts['steps']} ({facts['epochs']:.2f} epochs, {facts['tokens']:,} tokens); the "
+        "adapter is of step {facts['step_kept']}",
         "Loss": losses(facts),
         "Adapter": f"{store_url}/adapter/",
         "Merged model": f"{store_url}/merged/, in {config.merge.dtype}, into the {config.merge.base} base"
@@ -51,7 +52,8 @@ def _data(data: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {split} | {c['records']} | {c['examples']} | {c['bad']} | {c['truncated']} | {c['tokens']} | {c['trained_tokens']} | {c['longest']} |"
+        f"| {split} | {c['records']} | {c['examples']} | {c['bad']} | {c['truncated']} | {c['tokens']} | "
+        f"{c['trained_tokens']} | {c['longest']} |"
         for split, c in data.items()
     ]
     return "\n".join(lines)

@@ -67,7 +67,7 @@ def _convert(gguf: Path, target: Path) -> None:
     settings = quantized.config
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config  # the weights are plain by now, but save_pretrained refuses the mark
-    plain = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     plain.load_state_dict(quantized.state_dict())
     plain.generation_config = quantized.generation_config
     plain.save_pretrained(target)

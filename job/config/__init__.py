@@ -5,5 +5,17 @@ from job.config.read import Places, all_keys, check, read
 from job.config.schema import Checkpoint, Config, Data, Lora, Model, Train
 
 __all__ = [
-    "Checkpoint", "Config", "Data", "Lora", "Model", "Places", "Train", "all_keys", "check", "claimed", "differences", "digest", "read",
-]  # fmt: skip
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Lora",
+    "Model",
+    "Places",
+    "Train",
+    "all_keys",
+    "check",
+    "claimed",
+    "differences",
+    "digest",
+    "read",
+]

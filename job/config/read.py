@@ -117,7 +117,8 @@ def _refuse_interpolation(value: object, key: str, places: Places) -> None:
             _refuse_interpolation(item, key, places)
     elif isinstance(value, str) and "${" in value:
         raise errors.ConfigError(
-            f"{places.of(key)}: {key}: {value!r} is not expanded: configs take no variables. Use --set {key}=… to change a value; "
+            f"{places.of(key)}: {key}: {value!r} is not expanded: configs take no variables. Use --set "
+            f"{key}=… to change a value; "
             "credentials come from the standard AWS and Hugging Face chain"
         )
 

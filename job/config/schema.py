@@ -14,6 +14,8 @@ class Section(BaseModel):
 
 
 class Run(Section):
+    """What the run is called and where it is kept."""
+
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
     """What the run is called in reports; lower case, digits, dots and dashes, so that Kubernetes takes it too."""
     url: str
@@ -31,6 +33,8 @@ class Run(Section):
 
 
 class Model(Section):
+    """The frozen base and how it is held in memory."""
+
     base: str
     """s3://bucket/prefix, file:///path or hf://org/name@revision of a folder in Hugging Face layout."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
@@ -60,6 +64,8 @@ class Model(Section):
 
 
 class Lora(Section):
+    """The adapter (LoRA, arXiv 2106.09685)."""
+
     r: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: Annotated[int, Field(ge=1)] = 32
     """The update is scaled by alpha / r (alpha / sqrt(r) with rslora)."""
@@ -71,6 +77,8 @@ class Lora(Section):
 
 
 class Data(Section):
+    """What is trained on and how records become text."""
+
     train: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files (jsonl, json, csv, parquet; plain, .gz or .zst), or folders ending in / : s3://, file:/// or paths."""
     eval: tuple[str, ...] = ()
@@ -99,6 +107,8 @@ class Data(Section):
 
 
 class Train(Section):
+    """How long, how fast and how large the steps are."""
+
     method: Literal["sft"] = "sft"
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training data; 3 when max_steps is not given either."""
@@ -148,6 +158,8 @@ class Train(Section):
 
 
 class Checkpoint(Section):
+    """How often the state goes to the store."""
+
     every_steps: Annotated[int, Field(ge=1)] = 100
     every_minutes: Annotated[float, Field(gt=0)] | None = None
     """Also save when this much time has passed since the last checkpoint."""
@@ -156,6 +168,8 @@ class Checkpoint(Section):
 
 
 class Distributed(Section):
+    """How the processes share the work."""
+
     strategy: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     processes_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """auto: one per GPU, one on the CPU."""
@@ -163,6 +177,8 @@ class Distributed(Section):
 
 
 class Merge(Section):
+    """What becomes of the adapter at the end."""
+
     enabled: bool = True
     base: Literal["original"] = "original"
     """The weights as they were before quantization; never into 4-bit weights."""
@@ -193,7 +209,8 @@ def _without_secret(url: str) -> str:
     scheme, _, rest = url.partition("://")
     if scheme in ("s3", "hf") and "@" in rest.split("/")[0]:
         raise ValueError(
-            "must not carry credentials; they come from the standard AWS and Hugging Face chain (environment, profile, role)"
+            "must not carry credentials; they come from the standard AWS and Hugging Face chain "
+            "(environment, profile, role)"
         )
     return url
 

@@ -61,11 +61,12 @@ def _load(base: Path, settings: config.Model, **how: Any) -> PreTrainedModel:  #
 def _quantization(settings: config.Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if settings.quantization == "none":
         return None
-    if settings.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=settings.quantization,
-        bnb_4bit_use_double_quant=settings.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    how: dict[str, Any] = {"load_in_8bit": True}
+    if settings.quantization != "int8":
+        how = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": settings.quantization,
+            "bnb_4bit_use_double_quant": settings.double_quant,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+    return BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The adapter's shape: which linear layers of a loaded model get one, found in the model and never in a list of names."""
+"""The adapter's shape: which layers of a loaded model get one, found in the model and never in a list of names."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -30,10 +30,12 @@ def adapted(network: PreTrainedModel, lora: config.Lora) -> PeftModel:
     kinds = Counter(name.rpartition(".")[2] for name in targets)
     log.event(
         "lora.matched",
-        f"LoRA on {len(targets)} layers ({', '.join(f'{kind} x{count}' for kind, count in kinds.items())}): {trainable:,} of {total:,} parameters are trained",
+        f"LoRA on {len(targets)} layers "
+        f"({', '.join(f'{kind} x{count}' for kind, count in kinds.items())}): {trainable:,} of {total:,} "
+        "parameters are trained",
         layers=len(targets), trainable=trainable, total=total,
     )  # fmt: skip
-    return wrapped  # type: ignore[return-value]  # the task type makes it a PeftModel
+    return wrapped
 
 
 def in_float32(network: nn.Module) -> None:
@@ -48,7 +50,7 @@ def in_float32(network: nn.Module) -> None:
 
 
 def _targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]:
-    head = network.get_output_embeddings()
+    head = network.get_output_embeddings()  # type: ignore[no-untyped-call]
     linear = [name for name, module in network.named_modules() if _is_linear(module) and module is not head]
     if isinstance(wanted, str):
         chosen = [name for name in linear if wanted != "attention" or any(part in name for part in _ATTENTION)]
@@ -59,7 +61,8 @@ def _targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]
     if lacking:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
         raise errors.ModelError(
-            f"lora.targets: {', '.join(lacking)} match{'es' if len(lacking) == 1 else ''} no linear layer of the model; it has: {there}"
+            f"lora.targets: {', '.join(lacking)} match{'es' if len(lacking) == 1 else ''} no linear layer "
+            f"of the model; it has: {there}"
         )
     return chosen
 

@@ -23,7 +23,7 @@ _TURNS = """\
 def tokenizer(base: Path, template: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer in the folder `base` and give it the chat template that `data.template` asks for.
 
-    An instruction template is a chat template like any other, so that it is saved with the model and used to talk to it.
+    An instruction template is a chat template like any other: saved with the model, and used to talk to it.
     Raises `errors.ModelError` if it cannot be loaded or lacks what training needs.
     """
     try:
@@ -60,7 +60,8 @@ def _choose(tokenizer: PreTrainedTokenizerBase, template: str, base: Path) -> No
         tokenizer.chat_template = _instruction(tokenizer, template)
     elif not tokenizer.chat_template:
         raise errors.ModelError(
-            f"data.template is chat, but the tokenizer in {base} has no chat template: use instruction-en or instruction-zh"
+            f"data.template is chat, but the tokenizer in {base} has no chat template: use instruction-en "
+            "or instruction-zh"
         )
 
 

@@ -107,7 +107,8 @@ class _Preparation:
         if self._renderer.eos_added:
             log.warn(
                 "prepare.eos",
-                f"the chat template does not end the last answer: {self._tokenizer.eos_token!r} was added to {self._renderer.eos_added} example(s)",
+                f"the chat template does not end the last answer: {self._tokenizer.eos_token!r} was added "
+                f"to {self._renderer.eos_added} example(s)",
             )
         counts = {
             split: {k: v for k, v in vars(tally).items() if k != "complaints"} for split, tally in tallies.items()
@@ -133,7 +134,7 @@ class _Preparation:
         return tally
 
     def _examples(self, file: DataFile, tally: _Tally, kept: bool | None) -> Iterator[tuple[str, Example]]:  # noqa: FBT001 - private
-        name = None if self._data.format == "auto" else self._data.format
+        name: str = "" if self._data.format == "auto" else self._data.format
         heading = model.input_heading(self._tokenizer)
         for record in records.read(file.path, file.url):
             if kept is not None and kept != self._draw(file.sha256, record.place):
@@ -188,7 +189,8 @@ class _Preparation:
         if tally.truncated:
             log.warn(
                 "prepare.truncated",
-                f"{split}: {tally.truncated} of {tally.examples} examples were cut to data.max_length {self._data.max_length} tokens",
+                f"{split}: {tally.truncated} of {tally.examples} examples were cut to data.max_length "
+                f"{self._data.max_length} tokens",
                 split=split, truncated=tally.truncated,
             )  # fmt: skip
 
@@ -226,6 +228,7 @@ def _key(config: Config, base_digest: str, train: Sequence[DataFile], evaluation
 def _summary(target: Path) -> str:
     counts = json.loads((target / "data.json").read_text(encoding="utf-8"))
     return "; ".join(
-        f"{split}: {c['examples']} examples, {c['tokens']} tokens, {c['trained_tokens'] / c['tokens']:.0%} of them trained, longest {c['longest']}"
+        f"{split}: {c['examples']} examples, {c['tokens']} tokens, {c['trained_tokens'] / c['tokens']:.0%} "
+        f"of them trained, longest {c['longest']}"
         for split, c in counts.items()
     )

@@ -1,4 +1,4 @@
-"""From files to records: JSONL, JSON, CSV and Parquet, plain or compressed, with the line of everything that is broken."""
+"""From files to records: JSONL, JSON, CSV, Parquet, plain or compressed, with the line of everything that is broken."""
 
 import csv
 import io

@@ -136,7 +136,8 @@ class Renderer:
         cut = labels[: self._max_length]
         if all(label == IGNORED for label in cut):
             return BadRecordError(
-                f"nothing left to train: it has {len(ids)} tokens and the answer starts after data.max_length {self._max_length}"
+                f"nothing left to train: it has {len(ids)} tokens and the answer starts after "
+                f"data.max_length {self._max_length}"
             )
         return Row(ids[: self._max_length], cut, truncated=len(ids) > self._max_length)
 

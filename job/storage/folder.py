@@ -52,7 +52,8 @@ class Folder:
             copied = copy.tell()
         if copied != entry.size:
             raise errors.DamagedError(
-                f"{self.url}/{entry.key} had {entry.size} bytes when listed and {copied} when read: it changed meanwhile"
+                f"{self.url}/{entry.key} had {entry.size} bytes when listed and {copied} when read: it "
+                "changed meanwhile"
             )
         return Seen(digest.hexdigest(), "size")
 

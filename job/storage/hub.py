@@ -53,7 +53,8 @@ class Hub:
             seen, kind = _blob_id(path), "git blob id"
         if seen != entry.version:
             raise errors.DamagedError(
-                f"{self.url}/{entry.key}: damaged on the way or changed since it was listed ({kind} {seen}, the Hub says {entry.version})"
+                f"{self.url}/{entry.key}: damaged on the way or changed since it was listed ({kind} "
+                f"{seen}, the Hub says {entry.version})"
             )
         return Seen(sha256, kind)
 
@@ -72,13 +73,15 @@ class Hub:
             hub_errors.HFValidationError,
         ) as e:
             raise errors.NotFoundError(
-                f"{self.url}: not found on the Hub: check organisation, name and revision, and HF_TOKEN if it is private"
+                f"{self.url}: not found on the Hub: check organisation, name and revision, and HF_TOKEN if "
+                "it is private"
             ) from e
         except hub_errors.HfHubHTTPError as e:
             raise errors.StoreError(f"{self.url}: the Hub answered: {e}") from e
         except (hub_errors.OfflineModeIsEnabled, ConnectionError, OSError) as e:
             raise errors.StoreError(
-                f"{self.url}: cannot reach the Hub: {e}. Put the model in a bucket, or check HF_ENDPOINT and the network"
+                f"{self.url}: cannot reach the Hub: {e}. Put the model in a bucket, or check HF_ENDPOINT "
+                "and the network"
             ) from e
 
 

@@ -1,4 +1,7 @@
-"""S3 and everything that speaks its protocol, through boto3. Endpoint, region and credentials: the standard AWS chain."""
+"""S3 and everything that speaks its protocol, through boto3.
+
+Endpoint, region and credentials come from the standard AWS chain.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,19 +21,20 @@ from job.storage.store import Advance, Blob, Entry, Seen
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-_MISSING = {"404", "NoSuchKey", "NotFound"}
-_LOST = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
-_DENIED = {
-    "403",
-    "AccessDenied",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "AllAccessDisabled",
-    "InvalidToken",
-    "AccountProblem",
+_MISSING = ("404", "NoSuchKey", "NotFound")
+_LOST = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
+_DENIED = (errors.DeniedError, "check the credentials and what they may do with this bucket")
+_EXPIRED = (errors.StoreError, "the credentials expired; a new start fetches new ones")
+_ELSEWHERE = (errors.PermanentError, "the bucket lives in another region; set AWS_REGION or AWS_ENDPOINT_URL")
+_REFUSALS: dict[str, tuple[type[errors.JobError], str]] = {
+    "NoSuchBucket": (errors.NotFoundError, "create the bucket or correct the URL"),
+    "RequestTimeTooSkewed": (errors.PermanentError, "correct this machine's clock"),
+    **dict.fromkeys(_MISSING, (errors.NotFoundError, "correct the URL")),
+    **dict.fromkeys(("403", "AccessDenied", "AllAccessDisabled", "AccountProblem"), _DENIED),
+    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"), _DENIED),
+    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), _EXPIRED),
+    **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed"), _ELSEWHERE),
 }
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
-_ELSEWHERE = {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 _PATIENCE = botocore.config.Config(
     connect_timeout=10,
     read_timeout=60,
@@ -116,7 +120,7 @@ class S3:
             try:
                 self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, **condition)
             except botocore.exceptions.ClientError as e:
-                if _code(e) not in _LOST | _MISSING:
+                if _code(e) not in _LOST + _MISSING:
                     raise
                 # A write whose reply was lost is retried by botocore and then loses against itself.
                 there = self.read(key)
@@ -149,7 +153,8 @@ class S3:
             return self._refused(cause, what)
         if isinstance(cause, (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError)):
             return errors.DeniedError(
-                f"{what}: no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
+                f"{what}: no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "AWS_PROFILE, or give the machine a role"
             )
         if isinstance(cause, (botocore.exceptions.HTTPClientError, botocore.exceptions.IncompleteReadError)):
             return errors.StoreError(
@@ -161,24 +166,9 @@ class S3:
 
     def _refused(self, error: botocore.exceptions.ClientError, what: str) -> errors.JobError:
         code, message = _code(error), error.response.get("Error", {}).get("Message", "")
+        kind, advice = _REFUSALS.get(code, (errors.StoreError, "a new start may succeed"))
         said = f"{self._endpoint()} answered {code} {message}".rstrip(" .")
-        if code == "NoSuchBucket":
-            return errors.NotFoundError(
-                f"{what}: the bucket {self.bucket} does not exist at {self._endpoint()}: create it or correct the URL"
-            )
-        if code in _MISSING:
-            return errors.NotFoundError(f"{what}: {said}: correct the URL")
-        if code in _DENIED:
-            return errors.DeniedError(f"{what}: {said}: check the credentials and what they may do with this bucket")
-        if code in _EXPIRED:
-            return errors.StoreError(f"{what}: {said}: the credentials expired; a new start fetches new ones")
-        if code in _ELSEWHERE:
-            return errors.PermanentError(
-                f"{what}: {said}: the bucket lives in another region; set AWS_REGION or AWS_ENDPOINT_URL"
-            )
-        if code == "RequestTimeTooSkewed":
-            return errors.PermanentError(f"{what}: {said}: correct this machine's clock")
-        return errors.StoreError(f"{what}: {said}")
+        return kind(f"{what}: {said}: {advice}")
 
     def _endpoint(self) -> str:
         return self._client.meta.endpoint_url

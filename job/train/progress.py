@@ -56,9 +56,8 @@ class Progress(TrainerCallback):
         if self._show:
             self._show(state.global_step, self._note)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        logs: dict[str, float] = more["logs"]
         lost = [name for name in _LOST if not math.isfinite(logs.get(name, 0.0))]
         if lost:
             raise errors.ModelError(
@@ -100,7 +99,8 @@ class Progress(TrainerCallback):
             note = f"eval loss {entry['eval_loss']:.4f}"
         else:
             note = (
-                f"loss {entry['loss']:.4f}, learning rate {entry['learning_rate']:.2e}, {entry['tokens_per_second']:.0f} tokens/s, "
+                f"loss {entry['loss']:.4f}, learning rate {entry['learning_rate']:.2e}, "
+                f"{entry['tokens_per_second']:.0f} tokens/s, "
                 f"{entry['memory_gb']:.2f} GB, {_clock(self._left)} left"
             )
             self._note = f"loss {entry['loss']:.4f}  {entry['tokens_per_second']:.0f} tok/s"

@@ -26,37 +26,36 @@ def train(task: Task, notice: Notice) -> None:
     """
     datasets.disable_progress_bars()
     torch.manual_seed(task.config.run.seed)  # of the adapter's first values
-    settings = task.config
-    tokenizer = model.tokenizer(task.base, settings.data.template, trust_remote_code=settings.model.trust_remote_code)
-    log.event("train.load", f"loading the base model ({settings.model.quantization})")
-    network = model.adapted(model.for_training(task.base, settings.model), settings.lora)
-    checkpoints = checkpoint.Checkpoints(
-        storage.connect(settings.run.url), task.attempt, task.inputs, settings.checkpoint.keep, task.scratch
-    )
+    store = storage.connect(task.config.run.url)
+    checkpoints = checkpoint.Checkpoints(store, task.attempt, task.inputs, task.config.checkpoint.keep, task.scratch)
     resumed = checkpoints.latest()
     shutil.rmtree(task.out, ignore_errors=True)
-    progress = Progress(task.out / "report")
-    trainer = _trainer(task, network, tokenizer, checkpoints, progress, notice, resumed)
+    trainer = _trainer(task, checkpoints, resumed, notice)
     _run(trainer, resumed, notice)
-    _write(task, trainer, checkpoints, tokenizer)
+    _write(task, trainer, checkpoints)
 
 
 def _trainer(
-    task: Task, network: Any, tokenizer: Any, checkpoints: checkpoint.Checkpoints, progress: Progress, notice: Notice, resumed: checkpoint.Found | None
-) -> Trainer:  # fmt: skip
+    task: Task, checkpoints: checkpoint.Checkpoints, resumed: checkpoint.Found | None, notice: Notice
+) -> Trainer:
     settings, evaluation = task.config, task.data / "eval.arrow"
     evaluates = evaluation.is_file()
     keep_best = settings.train.keep_best and evaluates
-    arguments = _arguments(task, evaluates=evaluates, on_start=evaluates and _evaluate_first(settings, resumed))
+    tokenizer = model.tokenizer(task.base, settings.data.template, trust_remote_code=settings.model.trust_remote_code)
+    log.event("train.load", f"loading the base model ({settings.model.quantization})")
     trainer = Trainer(
         checkpoints,
         keep_best=keep_best,
-        model=network,
-        args=arguments,
+        model=model.adapted(model.for_training(task.base, settings.model), settings.lora),
+        args=_arguments(task, evaluates=evaluates, on_start=evaluates and _evaluate_first(settings, resumed)),
         processing_class=tokenizer,
         train_dataset=Dataset.from_file(str(task.data / "train.arrow")),
         eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
-        callbacks=[Exact(settings.run.seed), Cadence(notice, settings.checkpoint, keep_best=keep_best), progress],
+        callbacks=[
+            Exact(settings.run.seed),
+            Cadence(notice, settings.checkpoint, keep_best=keep_best),
+            Progress(task.out / "report"),
+        ],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     model.in_float32(trainer.model)
@@ -113,7 +112,8 @@ def _evaluate_first(settings: Config, resumed: checkpoint.Found | None) -> bool:
 
 
 def _state(found: checkpoint.Found) -> transformers.TrainerState:
-    return transformers.TrainerState.load_from_json(str(found.path / checkpoint.TRAINER))
+    state: transformers.TrainerState = transformers.TrainerState.load_from_json(str(found.path / checkpoint.TRAINER))
+    return state
 
 
 def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice) -> None:
@@ -131,7 +131,8 @@ def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice) -> 
             trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
     except torch.OutOfMemoryError as e:
         raise errors.PermanentError(
-            f"the GPU's memory is too small: {e}. Lower train.micro_batch_size (the result stays the same) or data.max_length"
+            f"the GPU's memory is too small: {e}. Lower train.micro_batch_size (the result stays the same) "
+            "or data.max_length"
         ) from e
     log.event(
         "train.done",
@@ -141,7 +142,7 @@ def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice) -> 
     )
 
 
-def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, tokenizer: Any) -> None:
+def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints) -> None:
     best = trainer.state.best_global_step if task.config.train.keep_best else None
     if best and best != trainer.state.global_step:
         log.event(
@@ -155,7 +156,7 @@ def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, to
     shape.base_model_name_or_path = task.config.model.base  # not where the cache of this machine is
     trainer.model.save_pretrained(str(adapter))
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's names nothing but a path
-    tokenizer.save_pretrained(str(adapter))
+    trainer.processing_class.save_pretrained(str(adapter))
     facts = _facts(task, trainer.state, best)
     (adapter / paths.TRAINING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for name in ("data.json", "sample.txt"):

@@ -16,7 +16,7 @@ from job.model import IGNORED
 from job.preemption import Notice
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
+class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     """Saves to and restores from the run's store, and never loads a pickle."""
 
     def __init__(self, checkpoints: checkpoint.Checkpoints, *, keep_best: bool, **how: Any) -> None:
@@ -41,28 +41,21 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.store_flos()
         if self.is_world_process_zero():
-            scratch = Path(self.args.output_dir) / "trainer_state.json"
+            scratch = Path(self.args.output_dir) / checkpoint.TRAINER
             self.state.save_to_json(str(scratch))
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
-            state = checkpoint.capture(
-                self.state.global_step,
-                self.model,
-                optimizer,
-                self.lr_scheduler,
-                self.accelerator.scaler,
-                scratch.read_text(encoding="utf-8"),
-            )
+            state = checkpoint.capture(self.state.global_step, self._loop(), scratch.read_text(encoding="utf-8"))
             self._checkpoints.save(state, self.state.best_global_step if self._keep_best else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.restore_adapter(Path(resume_from_checkpoint), self.model)
 
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            checkpoint.restore_optimizer(
-                Path(checkpoint_dir), self.model, optimizer, self.lr_scheduler, self.accelerator.scaler
-            )
+    def _load_optimizer_and_scheduler(self, directory: str | None) -> None:
+        if directory is not None:
+            checkpoint.restore_optimizer(Path(directory), self._loop())
+
+    def _loop(self) -> checkpoint.Loop:
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
+        return checkpoint.Loop(self.model, optimizer, self.lr_scheduler, self.accelerator.scaler)
 
     def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
         begun: tuple[int, int] = super()._init_training_state(max_steps, *rest)
@@ -79,7 +72,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
 
 
 class Exact(TrainerCallback):
-    """Makes dropout and every other draw of a step a function of (seed, step, rank): resuming needs no generator state."""
+    """Makes dropout and every other draw of a step a function of (seed, step, rank).
+
+    So resuming needs no saved generator state.
+    """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -106,11 +102,10 @@ class Cadence(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # seconds are short; `due` makes the next attempt catch up
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        loss: float = more["metrics"]["eval_loss"]
         best = state.best_metric
-        if self._keep_best and state.global_step and (best is None or metrics["eval_loss"] < best):
+        if self._keep_best and state.global_step and (best is None or loss < best):
             control.should_save = True  # the best adapter must be in the store, whatever the cadence
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
