@@ -28,8 +28,13 @@ _PROJECT = "finetune-job"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def story(config: "Config", environ: Mapping[str, str], notice: preemption.Notice, after: ExitStack) -> None:
-    """Do what is missing of the run, in order; return when all of it is in the store. `after` runs at the very end."""
+def story(
+    config: "Config", environ: Mapping[str, str], worker: list[str], notice: preemption.Notice, after: ExitStack
+) -> None:
+    """Do what is missing of the run, in order; return when all of it is in the store.
+
+    `worker` is the command that trains; what is added to `after` is done at the very end, however it ends.
+    """
     from job import lease, paths, publish, pull, storage
 
     store, cache = storage.connect(config.run.url), _cache(config, environ)
@@ -48,7 +53,7 @@ def story(config: "Config", environ: Mapping[str, str], notice: preemption.Notic
         data = prepare.dataset(
             config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache
         )
-        trained = launch.training(_worker_command(), _task(config, attempt, base, data, cache), environ, notice)
+        trained = launch.training(worker, _task(config, attempt, base, data, cache), environ, notice)
         publish.directory(store, trained / "report", paths.REPORT)
         publish.directory(store, trained / "adapter", paths.ADAPTER)
     adapter = pull.artefact(store, paths.ADAPTER, cache)
@@ -98,7 +103,7 @@ def run(config: Path, overrides: tuple[str, ...], as_json: bool, debug: bool) ->
     """Do what is still missing of the run in CONFIG; exit 0 at once if nothing is."""
 
     def job(notice: preemption.Notice, after: ExitStack) -> None:
-        story(_read(config, overrides), os.environ, notice, after)
+        story(_read(config, overrides), os.environ, _worker_command(as_json=as_json), notice, after)
 
     _conclude(job, as_json=as_json, debug=debug)
 
@@ -205,8 +210,9 @@ def _log_to(cache: "Cache") -> Path:
     return path
 
 
-def _worker_command() -> list[str]:
-    return [sys.executable, str(Path(__file__).resolve()), "worker", "--parent", str(os.getpid())]
+def _worker_command(*, as_json: bool) -> list[str]:
+    form = ["--json"] if as_json else []
+    return [sys.executable, str(Path(__file__).resolve()), "worker", "--parent", str(os.getpid()), *form]
 
 
 def _task(config: "Config", attempt: int, base: "Base", data: "Prepared", cache: "Cache") -> "Task":

@@ -108,7 +108,7 @@ class Checkpoints:
         shutil.rmtree(local)
         log.event(
             "checkpoint.saved",
-            f"checkpoint at step {state.step} sealed ({whole.size / 1e6:.1f} MB)",
+            f"checkpoint at step {state.step} sealed ({log.size(whole.size)})",
             step=state.step,
             bytes=whole.size,
         )

@@ -12,9 +12,10 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from job import errors, log, manifest, model, paths
+from job import errors, log, manifest, paths
 from job.config import Config
 from job.inputs import Base
+from job.model import tokenizer, weights
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -37,14 +38,14 @@ def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Pat
     log.event("merge.start", f"merging into the original base in {config.merge.dtype}")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    network = _sum(model.for_merging(base.path, config.model, config.merge.dtype), adapter)
+    network = _sum(weights.for_merging(base.path, config.model, config.merge.dtype), adapter)
     _repair_sampling(network)
     network.save_pretrained(partial, max_shard_size=config.merge.max_shard_size)
-    model.tokenizer(adapter, "chat", trust_remote_code=config.model.trust_remote_code).save_pretrained(partial)
+    tokenizer.load(adapter, "chat", trust_remote_code=config.model.trust_remote_code).save_pretrained(partial)
     whole = manifest.seal(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
-    log.event("merge.done", f"merged model: {len(whole.files)} files, {whole.size / 1e9:.2f} GB", digest=whole.digest)
+    log.event("merge.done", f"merged model: {len(whole.files)} files, {log.size(whole.size)}", digest=whole.digest)
     return out
 
 

@@ -19,7 +19,7 @@ def directory(store: Store, local: Path, place: str) -> None:
     whole = storage.push(store, local, place)
     log.event(
         "publish.directory",
-        f"published {store.url}/{place} ({whole.size / 1e6:.1f} MB)",
+        f"published {store.url}/{place} ({log.size(whole.size)})",
         place=place,
         digest=whole.digest,
     )

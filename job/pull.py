@@ -46,19 +46,19 @@ def preflight(config: Config, cache: paths.Cache) -> None:
     Raises the error that the run would end with later.
     """
     found = [_base(config), *(_data(url) for url in (*config.data.train, *config.data.eval))]
-    needed = sum(f.size for f in found if not isinstance(f.source, storage.Folder) and not _present(f, cache))
+    pulled = sum(f.size for f in found if not isinstance(f.source, storage.Folder) and not _present(f, cache))
+    needed = pulled + (found[0].size if config.merge.enabled else 0) + _FREE
     cache.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache.root).free
-    if needed + _FREE > free:
+    if needed > free:
         raise errors.DiskFullError(
-            f"{cache.root}: {free / 1e9:.1f} GB are free, the run has {needed / 1e9:.1f} GB to pull and "
-            "needs 1 GB besides: "
-            "free space, or set run.cache to a larger disk"
+            f"{cache.root}: {log.size(free)} are free, the run needs {log.size(needed)}: {log.size(pulled)} to pull, "
+            f"the merged model, and {log.size(_FREE)} besides; free space, or set run.cache to a larger disk"
         )
     log.event(
         "preflight",
-        f"found the base model ({found[0].size / 1e9:.2f} GB) and {len(found) - 1} data source(s)",
-        bytes=needed,
+        f"found the base model ({log.size(found[0].size)}) and the data ({log.size(sum(f.size for f in found[1:]))})",
+        bytes=pulled,
     )
 
 
@@ -96,7 +96,7 @@ def _here(found: _Found, target: Path) -> tuple[Path, Manifest]:
     whole = storage.pull(found.source, found.entries, target)
     log.event(
         "pull.done",
-        f"{found.source.url}: {len(whole.files)} files, {whole.size / 1e9:.2f} GB, verified",
+        f"{found.source.url}: {len(whole.files)} file(s), {log.size(whole.size)}, verified",
         url=found.source.url,
         digest=whole.digest,
     )

@@ -8,7 +8,7 @@ from job.config.schema import Config
 
 # Keys that do not change what is computed, or only by the rounding of another summation order.
 NEUTRAL = frozenset(
-    {"run.name", "run.cache", "train.log_every", "train.micro_batch_size", "train.gradient_checkpointing"}
+    {"run.name", "run.url", "run.cache", "train.log_every", "train.micro_batch_size", "train.gradient_checkpointing"}
 )
 _NEUTRAL_SECTIONS = ("checkpoint", "distributed")
 

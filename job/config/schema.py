@@ -1,8 +1,11 @@
 """The run as frozen, typed data: every key, its type, its default and the reason for the default."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -29,7 +32,7 @@ class Run(Section):
     def _is_writable_store(cls, url: str) -> str:
         if not url.startswith(("s3://", "file:///")):
             raise ValueError("must be s3://bucket/prefix or file:///absolute/path")
-        return _without_secret(url).rstrip("/")
+        return _sound(url).rstrip("/")
 
 
 class Model(Section):
@@ -54,7 +57,7 @@ class Model(Section):
             raise ValueError("must be s3://bucket/prefix, file:///absolute/path or hf://org/name@revision")
         if url.startswith("hf://") and len(url.removeprefix("hf://").split("@")[0].split("/")) != 2:  # noqa: PLR2004 - org and name
             raise ValueError("must be hf://org/name or hf://org/name@revision")
-        return _without_secret(url).rstrip("/")
+        return _sound(url).rstrip("/")
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:
@@ -97,7 +100,7 @@ class Data(Section):
     @field_validator("train", "eval")
     @classmethod
     def _carry_no_secret(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_without_secret(url) for url in urls)
+        return tuple(_sound(url) for url in urls)
 
     @model_validator(mode="after")
     def _one_eval(self) -> Self:
@@ -205,13 +208,15 @@ class Config(Section):
         return self
 
 
-def _without_secret(url: str) -> str:
+def _sound(url: str) -> str:
     scheme, _, rest = url.partition("://")
     if scheme in ("s3", "hf") and "@" in rest.split("/")[0]:
         raise ValueError(
             "must not carry credentials; they come from the standard AWS and Hugging Face chain "
             "(environment, profile, role)"
         )
+    if scheme == "s3" and not _BUCKET.match(rest.split("/")[0]):
+        raise ValueError(f"{rest.split('/')[0]!r} is no bucket name (3 to 63 of a-z, 0-9, dots and dashes)")
     return url
 
 

@@ -20,7 +20,7 @@ _TURNS = """\
 {%- if add_generation_prompt -%}{{ '### ANSWER\\n' }}{%- endif -%}"""
 
 
-def tokenizer(base: Path, template: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer in the folder `base` and give it the chat template that `data.template` asks for.
 
     An instruction template is a chat template like any other: saved with the model, and used to talk to it.

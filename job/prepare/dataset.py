@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import filelock
 import pyarrow as pa
 
-from job import errors, log, manifest, model, paths
+from job import errors, log, manifest, paths
 from job.config import Config
 from job.inputs import Base, DataFile, Prepared
+from job.model import tokenizer
 from job.prepare import formats, records
 from job.prepare.formats import BadRecordError, Example
 from job.prepare.tokens import Renderer, Row, marked
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _SHOWN = 20  # bad records that are listed one by one
 _BATCH = 1000  # records tokenized at once
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
-_SOURCES = ("dataset.py", "formats.py", "records.py", "tokens.py")
+_SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), Path(tokenizer.__file__))
 
 
 @dataclass
@@ -54,7 +55,7 @@ class _Tally:
         self.examples += 1
         self.truncated += row.truncated
         self.tokens += len(row.input_ids)
-        self.trained_tokens += sum(label != model.IGNORED for label in row.labels)
+        self.trained_tokens += sum(label != tokenizer.IGNORED for label in row.labels)
         self.longest = max(self.longest, len(row.input_ids))
 
 
@@ -76,8 +77,8 @@ def dataset(
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        tokenizer = model.tokenizer(base.path, config.data.template, trust_remote_code=config.model.trust_remote_code)
-        _Preparation(config, tokenizer, partial).run(train, evaluation)
+        words = tokenizer.load(base.path, config.data.template, trust_remote_code=config.model.trust_remote_code)
+        _Preparation(config, words, partial).run(train, evaluation)
         whole = manifest.seal(partial)
         partial.rename(target)
     log.event(
@@ -92,9 +93,9 @@ def dataset(
 class _Preparation:
     """One preparation under way."""
 
-    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", target: Path) -> None:
-        self._config, self._data, self._tokenizer, self._target = config, config.data, tokenizer, target
-        self._renderer = Renderer(tokenizer, config.data.max_length, answers_only=config.data.loss_on == "assistant")
+    def __init__(self, config: Config, words: "PreTrainedTokenizerBase", target: Path) -> None:
+        self._config, self._data, self._words, self._target = config, config.data, words, target
+        self._renderer = Renderer(words, config.data.max_length, answers_only=config.data.loss_on == "assistant")
         self._sample = ""
 
     def run(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
@@ -107,7 +108,7 @@ class _Preparation:
         if self._renderer.eos_added:
             log.warn(
                 "prepare.eos",
-                f"the chat template does not end the last answer: {self._tokenizer.eos_token!r} was added "
+                f"the chat template does not end the last answer: {self._words.eos_token!r} was added "
                 f"to {self._renderer.eos_added} example(s)",
             )
         counts = {
@@ -129,13 +130,13 @@ class _Preparation:
                     pa.record_batch([[r.input_ids for r in rows], [r.labels for r in rows]], schema=_SCHEMA)
                 )
                 if rows and not self._sample:
-                    self._sample = marked(self._tokenizer, rows[0])
+                    self._sample = marked(self._words, rows[0])
         self._judge(split, tally, files)
         return tally
 
     def _examples(self, file: DataFile, tally: _Tally, kept: bool | None) -> Iterator[tuple[str, Example]]:  # noqa: FBT001 - private
         name: str = "" if self._data.format == "auto" else self._data.format
-        heading = model.input_heading(self._tokenizer)
+        heading = tokenizer.input_heading(self._words)
         for record in records.read(file.path, file.url):
             if kept is not None and kept != self._draw(file.sha256, record.place):
                 continue
@@ -219,7 +220,7 @@ def _key(config: Config, base_digest: str, train: Sequence[DataFile], evaluation
         "settings": config.data.model_dump(mode="json", exclude={"train", "eval"}),
         "seed": config.run.seed if config.data.eval_fraction else None,
         "base": base_digest,
-        "code": [manifest.sha256(Path(__file__).with_name(name)) for name in _SOURCES]
+        "code": [manifest.sha256(path) for path in _SOURCES]
         + [importlib.metadata.version(p) for p in ("transformers", "tokenizers")],
     }
     return paths.digest(json.dumps(parts, sort_keys=True))

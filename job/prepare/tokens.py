@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from job.model import IGNORED
+from job.model.tokenizer import IGNORED
 from job.prepare.formats import BadRecordError, Example, Message
 
 if TYPE_CHECKING:

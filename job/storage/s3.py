@@ -35,6 +35,11 @@ _REFUSALS: dict[str, tuple[type[errors.JobError], str]] = {
     **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), _EXPIRED),
     **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed"), _ELSEWHERE),
 }
+_UNREACHED = (
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.IncompleteReadError,
+)
 _PATIENCE = botocore.config.Config(
     connect_timeout=10,
     read_timeout=60,
@@ -92,7 +97,7 @@ class S3:
                     if _code(e) in _MISSING:
                         return None
                     raise
-                except (botocore.exceptions.HTTPClientError, botocore.exceptions.IncompleteReadError):
+                except _UNREACHED:
                     if last:  # botocore retries requests, but not a body that breaks off
                         raise
         raise AssertionError
@@ -156,7 +161,7 @@ class S3:
                 f"{what}: no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "AWS_PROFILE, or give the machine a role"
             )
-        if isinstance(cause, (botocore.exceptions.HTTPClientError, botocore.exceptions.IncompleteReadError)):
+        if isinstance(cause, _UNREACHED):
             return errors.StoreError(
                 f"{what}: cannot reach {self._endpoint()}: {cause}. Check AWS_ENDPOINT_URL and the network"
             )

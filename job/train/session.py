@@ -11,9 +11,10 @@ import transformers
 from datasets import Dataset
 from trl import SFTConfig
 
-from job import checkpoint, config, errors, log, manifest, model, paths, storage
+from job import checkpoint, config, errors, log, manifest, paths, storage
 from job.config import Config
 from job.inputs import Task
+from job.model import lora, tokenizer, weights
 from job.preemption import Notice
 from job.train.progress import Progress
 from job.train.trainer import Cadence, Exact, Trainer, due
@@ -41,14 +42,14 @@ def _trainer(
     settings, evaluation = task.config, task.data / "eval.arrow"
     evaluates = evaluation.is_file()
     keep_best = settings.train.keep_best and evaluates
-    tokenizer = model.tokenizer(task.base, settings.data.template, trust_remote_code=settings.model.trust_remote_code)
+    words = tokenizer.load(task.base, settings.data.template, trust_remote_code=settings.model.trust_remote_code)
     log.event("train.load", f"loading the base model ({settings.model.quantization})")
     trainer = Trainer(
         checkpoints,
         keep_best=keep_best,
-        model=model.adapted(model.for_training(task.base, settings.model), settings.lora),
+        model=lora.adapted(weights.for_training(task.base, settings.model), settings.lora),
         args=_arguments(task, evaluates=evaluates, on_start=evaluates and _evaluate_first(settings, resumed)),
-        processing_class=tokenizer,
+        processing_class=words,
         train_dataset=Dataset.from_file(str(task.data / "train.arrow")),
         eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
         callbacks=[
@@ -58,13 +59,13 @@ def _trainer(
         ],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    model.in_float32(trainer.model)
+    lora.in_float32(trainer.model)
     return trainer
 
 
 def _arguments(task: Task, *, evaluates: bool, on_start: bool) -> SFTConfig:
     run, wanted = task.config.run, task.config.train
-    dtype = model.compute_dtype(task.config.model.compute_dtype)
+    dtype = weights.compute_dtype(task.config.model.compute_dtype)
     task.scratch.mkdir(parents=True, exist_ok=True)
     return SFTConfig(
         output_dir=str(task.scratch),

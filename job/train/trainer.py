@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from job import checkpoint, config
-from job.model import IGNORED
+from job.model.tokenizer import IGNORED
 from job.preemption import Notice
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -25,10 +26,12 @@ def for_training(base: Path, settings: config.Model) -> PreTrainedModel:
     Raises `errors.ModelError` if transformers cannot load it.
     """
     dtype = compute_dtype(settings.compute_dtype)
-    return _load(
+    loaded = _load(
         base, settings, dtype=dtype, quantization_config=_quantization(settings, dtype),
         device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
     )  # fmt: skip
+    _keep_differentiable(loaded)
+    return loaded
 
 
 def for_merging(base: Path, settings: config.Model, dtype: str) -> PreTrainedModel:
@@ -56,6 +59,17 @@ def _load(base: Path, settings: config.Model, **how: Any) -> PreTrainedModel:  #
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError) as e:
         raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
     return cast("PreTrainedModel", loaded)
+
+
+def _keep_differentiable(network: PreTrainedModel) -> None:
+    """Stop bitsandbytes 0.50 from repacking 4-bit weights for inference at the first evaluation on an AVX512-BF16 CPU.
+
+    The layer then computes with an operator that has no gradient, and training goes on with a part of its gradients
+    silently missing (bitsandbytes/nn/modules.py, Linear4bit.forward; autograd/_functions.py, matmul_4bit).
+    """
+    for module in network.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(settings: config.Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:

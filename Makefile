@@ -1,0 +1,39 @@
+# setup  make .venv with everything pinned     check  lint and types, as CI does
+# smoke  the whole job on a CPU, in minutes    test   the default tests; test-all: the long ones too
+# image  build the container image
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+IMAGE ?= finetune-job:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell command -v $(tool) >/dev/null 2>&1 && echo $(tool))))
+
+.PHONY: setup check test test-all smoke image
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+# Each of the three lines does nothing that is done already.
+smoke: setup
+	@$(BIN)/python smoke/fetch.py .smoke
+	@$(BIN)/python entrypoint.py run configs/smoke.yaml
+	@TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python smoke/show.py .smoke
+
+image:
+	$(if $(BUILDER),,$(error no docker, podman or buildah found))
+	$(BUILDER) build --tag $(IMAGE) .

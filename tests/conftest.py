@@ -1,0 +1,228 @@
+"""The real things that the tests run against: an S3 server, a tiny model, the 135M model, and the job as a process."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from botocore.client import BaseClient
+from botocore.exceptions import BotoCoreError, ClientError
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTIONS = [(f"What is {a} and {b}?", f"It is {a + b}.") for a in range(8) for b in range(8)]
+
+
+def need(what: str, present: object) -> None:
+    """Skip on a laptop, fail in CI: there a missing component would hide what the tests are for."""
+    if not present:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{what} is missing; requirements-dev.txt installs it")
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 server with one set of credentials."""
+
+    environ: dict[str, str]
+
+    def client(self) -> BaseClient:
+        return boto3.client(
+            "s3",
+            endpoint_url=self.environ["AWS_ENDPOINT_URL"],
+            aws_access_key_id=self.environ["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environ["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
+
+    def keys(self, bucket: str, prefix: str = "") -> set[str]:
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return {item["Key"] for page in pages for item in page.get("Contents", [])}
+
+    def upload(self, directory: Path, bucket: str, prefix: str) -> None:
+        for path in directory.rglob("*"):
+            if path.is_file():
+                self.client().upload_file(str(path), bucket, f"{prefix}/{path.relative_to(directory).as_posix()}")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    need("the S3 server (weed)", weed)
+    folder = tmp_path_factory.mktemp("s3")
+    ports = {name: _free_port() for name in ("s3", "master", "volume", "filer", "admin")}
+    secrets = {"AWS_ACCESS_KEY_ID": "TESTKEY", "AWS_SECRET_ACCESS_KEY": "planted-secret-1f7c"}
+    command = [
+        weed, f"-logdir={folder}", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        *(f"-{name}.port={port}" for name, port in ports.items()),
+        "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
+    ]  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env={**os.environ, **secrets}, stdout=log, stderr=log)
+    server = S3({**secrets, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_REGION": "us-east-1"})
+    try:
+        _until_ready(server)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The server, with its credentials in this process's environment."""
+    for name, value in s3_server.environ.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def bucket(s3: S3) -> str:
+    """A new bucket of the test's own."""
+    name = f"t{time.time_ns()}-{os.getpid()}"
+    s3.client().create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer and a ChatML template, as a folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator([f"{q} {a}" for q, a in QUESTIONS], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=special[2], pad_token=special[0])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=2, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smol_model() -> Path:
+    """SmolLM2-135M-Instruct, fetched once into .smoke as `make smoke` does."""
+    subprocess.run([sys.executable, "smoke/fetch.py", ".smoke"], cwd=ROOT, check=True)
+    return ROOT / ".smoke" / "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Callable[..., Path]:
+    """Write JSON lines to a file and return its path."""
+
+    def write(name: str, rows: list[object]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, tiny_model: Path, records: Callable[..., Path]) -> Callable[..., Path]:
+    """Write the config of a run of seconds and return its path; keyword arguments replace whole sections' keys."""
+
+    def write(name: str = "run.yaml", **changes: dict[str, object]) -> Path:
+        rows = [{"instruction": q, "output": a} for q, a in QUESTIONS]
+        tree: dict[str, dict[str, object]] = {
+            "run": {"name": "tiny", "url": f"{tmp_path}/run", "cache": f"{tmp_path}/cache"},
+            "model": {"base": str(tiny_model)},
+            "data": {
+                "train": [str(records("train.jsonl", rows[8:]))],
+                "eval": [str(records("eval.jsonl", rows[:8]))],
+                "max_length": 64,
+            },
+            "train": {
+                "max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "log_every": 2,
+                "eval_every": 3,
+            },
+            "checkpoint": {"every_steps": 2, "keep": 2},
+        }  # fmt: skip
+        for section, keys in changes.items():
+            tree.setdefault(section, {}).update(keys)
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run entrypoint.py as a process of its own and return its outcome."""
+
+    def start(*arguments: object, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments),
+            cwd=tmp_path,
+            env=environ or dict(os.environ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return start
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line of the job."""
+    return [sys.executable, str(ROOT / "entrypoint.py"), *map(str, arguments)]
+
+
+def files(directory: Path) -> set[str]:
+    """The names of all files below `directory`."""
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+
+
+def _free_port() -> int:
+    """A port that is free, as is the one 10000 above it, which the server uses for gRPC."""
+    while True:
+        with socket.socket() as a, socket.socket() as b:
+            a.bind(("127.0.0.1", 0))
+            port = int(a.getsockname()[1])
+            try:
+                b.bind(("127.0.0.1", port + 10000 if port < 55535 else port - 10000))
+            except OSError:
+                continue
+            if port < 55535:
+                return port
+
+
+def _until_ready(server: S3) -> None:
+    client = server.client()
+    for _ in range(120):
+        try:
+            client.create_bucket(Bucket="ready")
+            client.put_object(Bucket="ready", Key="probe", Body=b"1")
+            client.get_object(Bucket="ready", Key="probe")
+        except (ClientError, BotoCoreError):
+            time.sleep(0.25)
+        else:
+            return
+    raise AssertionError("the S3 server did not come up")

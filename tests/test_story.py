@@ -1,0 +1,160 @@
+"""The whole job, as its users start it: processes, a real S3 server, real models."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import ROOT, S3, command, files
+
+Job = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def events(log: bytes) -> list[str]:
+    return [json.loads(line)["event"] for line in log.decode().splitlines()]
+
+
+def attempt_log(s3: S3, bucket: str, number: int) -> bytes:
+    return s3.client().get_object(Bucket=bucket, Key=f"run/attempts/{number}.jsonl")["Body"].read()
+
+
+def test_a_run_in_s3_goes_from_nothing_to_done_and_again_in_no_time(
+    s3: S3, bucket: str, tiny_model: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """Base model, data and results in S3; then with no cache, without done.json and merged/, and as a finished run."""
+    s3.upload(tiny_model, bucket, "models/tiny")
+    local = tiny_run()
+    s3.client().upload_file(str(tmp_path / "train.jsonl"), bucket, "data/train.jsonl")
+    s3.client().upload_file(str(tmp_path / "eval.jsonl"), bucket, "data/eval.jsonl")
+    config = tiny_run(
+        run={"url": f"s3://{bucket}/run"},
+        model={"base": f"s3://{bucket}/models/tiny"},
+        data={"train": [f"s3://{bucket}/data/train.jsonl"], "eval": [f"s3://{bucket}/data/eval.jsonl"]},
+    )
+    assert local == config
+
+    first = job("run", config)
+
+    assert first.returncode == 0, first.stderr
+    made = s3.keys(bucket, "run/")
+    assert {"run/config.json", "run/done.json", "run/attempts/1.jsonl"} < made
+    assert {"run/adapter/manifest.json", "run/merged/manifest.json", "run/report/manifest.json"} < made
+    assert {"pull.done", "prepare.done", "train.done", "merge.done"} < set(events(attempt_log(s3, bucket, 1)))
+
+    shutil.rmtree(tmp_path / "cache")
+    again = job("run", config)
+
+    assert again.returncode == 0
+    assert "done already" in again.stderr
+    assert s3.keys(bucket, "run/") == made
+    assert not (tmp_path / "cache").exists()
+
+    weights = s3.client().get_object(Bucket=bucket, Key="run/merged/model.safetensors")["Body"].read()
+    for key in ["run/done.json", *s3.keys(bucket, "run/merged/")]:
+        s3.client().delete_object(Bucket=bucket, Key=key)
+    third = job("run", config)
+
+    assert third.returncode == 0, third.stderr
+    assert s3.keys(bucket, "run/") == made | {"run/attempts/2.jsonl"}
+    assert s3.client().get_object(Bucket=bucket, Key="run/merged/model.safetensors")["Body"].read() == weights
+    done = set(events(attempt_log(s3, bucket, 2)))
+    assert "merge.done" in done
+    assert not done & {"prepare.done", "train.load", "train.done"}
+
+
+LONG = {"max_steps": 20, "optimizer": "adamw_8bit", "eval_every": 5}  # more than one epoch of 14 steps
+
+
+def test_a_run_that_was_asked_to_stop_in_every_phase_goes_on_to_the_same_weights(
+    tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """SIGTERM while loading, training, saving and merging ends with status 75, and costs nothing of the result."""
+    whole = tiny_run("whole.yaml", train=LONG, run={"url": f"{tmp_path}/whole"})
+    assert job("run", whole).returncode == 0
+    broken = tiny_run("broken.yaml", train=LONG, run={"url": f"{tmp_path}/broken"})
+
+    for phase in ("train.load", "train.metrics", "checkpoint.saved", "merge.start"):
+        status, seen = stop_at(phase, broken, signal.SIGTERM)
+        assert status == 75, (phase, seen)
+    end = job("run", broken)
+
+    assert end.returncode == 0, end.stderr
+    assert same_results(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(
+    tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """SIGKILL leaves the last sealed checkpoint, no training process, and no debris in the store."""
+    whole = tiny_run("whole.yaml", train=LONG, run={"url": f"{tmp_path}/whole"})
+    assert job("run", whole).returncode == 0
+    broken = tiny_run("broken.yaml", train=LONG, run={"url": f"{tmp_path}/broken"})
+
+    for _ in range(2):
+        stop_at("checkpoint.saved", broken, signal.SIGKILL)
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "cache")], capture_output=True, text=True, check=False)
+    end = job("run", broken)
+
+    assert left.stdout == ""
+    assert "going on after step" in end.stderr
+    assert end.returncode == 0, end.stderr
+    assert same_results(tmp_path / "broken", tmp_path / "whole")
+    assert not [p for p in files(tmp_path / "broken") if ".part" in p]
+
+
+def same_results(one: Path, other: Path) -> bool:
+    """Whether two runs published the same weights, bit for bit."""
+    names = ("adapter/adapter_model.safetensors", "merged/model.safetensors")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def stop_at(event: str, config: Path, number: signal.Signals) -> tuple[int, list[str]]:
+    """Start the job, send it the signal when `event` is seen in its output, and return its status."""
+    with subprocess.Popen(
+        command("run", config, "--json"), cwd=config.parent, env=dict(os.environ), stderr=subprocess.PIPE, text=True
+    ) as process:
+        seen = []
+        assert process.stderr
+        for line in process.stderr:
+            if line.startswith("{"):
+                seen.append(json.loads(line)["event"])
+            if seen and seen[-1] == event:
+                process.send_signal(number)
+                event = "sent already"
+        status = process.wait()
+    assert event == "sent already", seen
+    return status, seen
+
+
+def test_the_published_model_answers_with_plain_libraries(
+    smol_model: Path, s3: S3, bucket: str, job: Job, tmp_path: Path, tiny_run: Callable[..., Path]
+) -> None:
+    """The real 135M model through S3: transformers loads merged/ and answers; adapter on base gives the same logits."""
+    s3.upload(smol_model, bucket, "models/smol")
+    config = tiny_run(
+        run={"url": f"s3://{bucket}/run"},
+        model={"base": f"s3://{bucket}/models/smol"},
+        train={"max_steps": 4, "eval_every": 4, "learning_rate": 2e-3},
+        checkpoint={"every_steps": 4},
+    )
+
+    outcome = job("run", config)
+
+    assert outcome.returncode == 0, outcome.stderr
+    for place in ("adapter", "merged"):
+        for key in s3.keys(bucket, f"run/{place}/"):
+            target = tmp_path / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            s3.client().download_file(bucket, key, str(target))
+    report = subprocess.run(
+        [*command()[:1], str(ROOT / "tests" / "plain_check.py"), str(smol_model), str(tmp_path / "run")],
+        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert report.returncode == 0, report.stderr
+    seen = json.loads(report.stdout.splitlines()[-1])
+    assert "Paris" in seen["answer"]
+    assert seen["difference"] < 0.02 * seen["scale"]
+    assert seen["changed"] > 10 * seen["difference"]
