@@ -35,8 +35,9 @@ def story(
 
     `worker` is the command that trains; what is added to `after` is done at the very end, however it ends.
     """
-    from job import lease, paths, publish, pull, storage
+    from job import launch, lease, paths, publish, pull, storage
 
+    launch.check(config)
     store, cache = storage.connect(config.run.url), _cache(config, environ)
     lease.agree(store, config)
     if record := publish.finished(store, config):
@@ -48,7 +49,7 @@ def story(
     log.event("run.start", f"run {config.run.name}, attempt {attempt}, in {store.url}", attempt=attempt)
     base = pull.base(config, cache)
     if not (storage.sealed(store, paths.REPORT) and storage.sealed(store, paths.ADAPTER)):
-        from job import launch, prepare
+        from job import prepare
 
         data = prepare.dataset(
             config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache
@@ -118,7 +119,13 @@ def validate(config: Path, overrides: tuple[str, ...], offline: bool, as_json: b
     """Check CONFIG, and that the base model, the data and the store can be reached; change nothing."""
 
     def job(_notice: preemption.Notice, _after: ExitStack) -> None:
+        from job import launch
+
         checked = _read(config, overrides)
+        try:
+            launch.check(checked)
+        except errors.ConfigError as e:
+            log.warn("validate.later", str(e))
         if not offline:
             _reach(checked)
         if as_json:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from job import cluster, errors, log, manifest
+from job.config import Config
 from job.inputs import Task
 from job.preemption import Notice
 
@@ -39,6 +40,16 @@ def training(command: Sequence[str], task: Task, environ: Mapping[str, str], not
     if status:
         raise errors.WorkerError(f"training ended with status {status}; its own message is above", status)
     return task.out
+
+
+def check(config: Config) -> None:
+    """Raise `errors.ConfigError` if `config` asks for more processes than this version can start."""
+    wanted = config.distributed
+    if wanted.strategy not in ("auto", "ddp") or wanted.processes_per_node not in ("auto", 1):
+        raise errors.ConfigError(
+            f"distributed: strategy {wanted.strategy} with processes_per_node {wanted.processes_per_node} is valid, but "
+            "this version trains in one process: use strategy auto and processes_per_node auto, or a later version"
+        )
 
 
 def die_with(parent: int) -> None:

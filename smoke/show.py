@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BASE = "SmolLM2-135M-Instruct"
 QUESTION = "Are you sentient?"
 NEW_TOKENS = 40
 
@@ -21,7 +22,7 @@ def main(folder: Path) -> None:
         "  report/   report.md, metrics.jsonl, tensorboard/    done.json  what went in and came out",
         f"Eval loss: {training['loss_before']:.3f} before, {training['loss_after']:.3f} after {training['steps']} steps",
         f"Asked: {QUESTION}",
-        f"  base:   {_answer(folder / 'SmolLM2-135M-Instruct')}",
+        f"  base:   {_answer(folder / BASE)}",
         f"  merged: {_answer(run / 'merged')}",
         "Next: copy a preset from configs/, put your bucket, model and data into it, and check it:",
         "  .venv/bin/python entrypoint.py validate my-run.yaml",
