@@ -47,8 +47,8 @@ def check(config: Config) -> None:
     wanted = config.distributed
     if wanted.strategy not in ("auto", "ddp") or wanted.processes_per_node not in ("auto", 1):
         raise errors.ConfigError(
-            f"distributed: strategy {wanted.strategy} with processes_per_node {wanted.processes_per_node} is valid, but "
-            "this version trains in one process: use strategy auto and processes_per_node auto, or a later version"
+            f"distributed: strategy {wanted.strategy} with processes_per_node {wanted.processes_per_node} is valid, "
+            "but this version trains in one process: use strategy auto and processes_per_node auto, or a later version"
         )
 
 

@@ -5,10 +5,12 @@ The result is a sealed folder that plain transformers loads and that needs nothi
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -50,14 +52,26 @@ def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Pat
 
 
 def _sum(network: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    shape = PeftConfig.from_pretrained(str(adapter))
-    adapted = PeftModel.from_pretrained(network, str(adapter), config=shape)
+    with warnings.catch_warnings(action="ignore"):  # of keys that do not fit: `_check` makes errors of them
+        adapted = PeftModel.from_pretrained(network, str(adapter))
     _check(adapted, load_file(adapter / _WEIGHTS))
     try:
-        whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):
+                _merge(module)
     except ValueError as e:  # safe_merge found NaN
         raise errors.ModelError(f"the adapter makes the merged weights NaN or Inf: {e}") from e
+    whole: PreTrainedModel = adapted.unload()
     return whole
+
+
+def _merge(module: LoraLayer) -> None:
+    """Sum one layer in float32 and round once; PEFT itself rounds the update before it adds it."""
+    layer = module.get_base_layer()
+    kept = layer.weight.dtype
+    layer.weight.data = layer.weight.data.to(torch.float32)
+    module.merge(safe_merge=True)
+    layer.weight.data = layer.weight.data.to(kept)
 
 
 def _check(adapted: PeftModel, saved: dict[str, torch.Tensor]) -> None:

@@ -15,12 +15,13 @@ def main(folder: Path) -> None:
     run = folder / "run"
     done = json.loads((run / "done.json").read_text(encoding="utf-8"))
     training = done["training"]
+    before, after = training["loss_before"], training["loss_after"]
     lines = [
         "",
         f"Made in {run}/:",
         "  adapter/  the LoRA adapter         merged/  the whole model, in bfloat16",
         "  report/   report.md, metrics.jsonl, tensorboard/    done.json  what went in and came out",
-        f"Eval loss: {training['loss_before']:.3f} before, {training['loss_after']:.3f} after {training['steps']} steps",
+        f"Loss on held-out dialogues: {before:.3f} before, {after:.3f} after {training['steps']} steps",
         f"Asked: {QUESTION}",
         f"  base:   {_answer(folder / BASE)}",
         f"  merged: {_answer(run / 'merged')}",

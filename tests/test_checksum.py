@@ -63,7 +63,7 @@ def test_the_crcs_that_newer_clients_leave_are_checked(kind: str, tmp_path: Path
     ],
 )
 def test_an_etag_that_is_no_checksum_is_not_taken_for_one(head: dict[str, str], tmp_path: Path) -> None:
-    """Objects encrypted with the customer's key, and parts of unequal size: only the size is checked, and it says so."""
+    """Objects encrypted with the customer's key, parts of unequal size: only the size is checked, and it says so."""
     (tmp_path / "got").write_bytes(DATA)
     wanted = checksum.expected({"ContentLength": len(DATA), **head}, 500_000)
 

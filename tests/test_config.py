@@ -79,7 +79,7 @@ def test_every_preset_is_valid(path: Path) -> None:
         ("train: {epochs: 1, max_steps: 5}", "run.yaml:8: train: epochs and max_steps exclude each other"),
         (
             "train: {global_batch_size: 8, micro_batch_size: 3}",
-            "global_batch_size 8 is not micro_batch_size 3 x 1 process x a whole number: use micro_batch_size 1 or 2 or 4 or 8",
+            "is not micro_batch_size 3 x 1 process x a whole number: use micro_batch_size 1 or 2 or 4 or 8",
         ),
         ("train:", "run.yaml:8: train:"),
         ("lora: {r: 8}\nlora: {r: 4}", "run.yaml:9: lora is given twice"),

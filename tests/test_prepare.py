@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from job import config, errors, inputs, manifest, paths, prepare
 from job.model import tokenizer
-from job.prepare import formats, records, tokens
+from job.prepare import formats, tokens
 
 PAIR = {"instruction": "What is 1 and 2?", "output": "It is 3."}
 TRAINED = "<|im_start|>user\nWhat is 1 and 2?<|im_end|>\n<|im_start|>assistant\n⟦It is 3.<|im_end|>⟧\n"
@@ -44,19 +44,22 @@ def seen(folder: Path, model: Path, split: str = "train") -> list[str]:
     return [tokens.marked(words, tokens.Row(r["input_ids"], r["labels"], truncated=False)) for r in rows]
 
 
+ASKED, ANSWERED = {"role": "user", "content": "What is 1 and 2?"}, {"role": "assistant", "content": "It is 3."}
+
+
 @pytest.mark.parametrize(
     "record",
     [
         PAIR,
         {"instruction": "What is 1 and 2?", "input": "", "output": "It is 3."},
-        {"messages": [{"role": "user", "content": "What is 1 and 2?"}, {"role": "assistant", "content": "It is 3."}]},
+        {"messages": [ASKED, ANSWERED]},
         {"conversations": [{"from": "human", "value": "What is 1 and 2?"}, {"from": "gpt", "value": "It is 3."}]},
-        {"conversations": [{"role": "user", "content": "What is 1 and 2?"}, {"role": "assistant", "content": "It is 3."}]},
+        {"conversations": [ASKED, ANSWERED]},
         {"prompt": "What is 1 and 2?", "completion": "It is 3."},
-        {"prompt": [{"role": "user", "content": "What is 1 and 2?"}], "completion": [{"role": "assistant", "content": "It is 3."}]},
+        {"prompt": [ASKED], "completion": [ANSWERED]},
     ],
-    ids=lambda r: "-".join(r),
-)  # fmt: skip
+    ids="-".join,
+)
 def test_every_format_says_the_same(
     record: dict[str, object], prepared: Callable[..., Path], records: Callable[..., Path], tiny_model: Path
 ) -> None:
@@ -158,9 +161,7 @@ def test_every_kind_of_file_is_read(
     assert seen(prepared(write(tmp_path / name)), tiny_model) == [TRAINED]
 
 
-def test_files_of_several_formats_make_one_split(
-    prepared: Callable[..., Path], records: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_files_of_several_formats_make_one_split(prepared: Callable[..., Path], records: Callable[..., Path]) -> None:
     """The format is recognised for each file, and kept in the figures."""
     folder = prepared(records("one.jsonl", [PAIR, PAIR]), records("two.jsonl", [{"text": "One."}]))
 
@@ -171,12 +172,12 @@ def test_files_of_several_formats_make_one_split(
 
 
 BROKEN = [
-    ('{"instruction": "x", "output": ', "broken JSON: Expecting value at column 32"),
+    ('{"instruction": "x", "output": ', "broken JSON: Expecting value at column"),
     ('{"instruction": "What?"}', "lacks output, which the instruction format needs"),
     ('{"instruction": "What?", "output": "  "}', "empty answer"),
-    ('{"instruction": "What?", "output": 7}', "output is a int, not text"),
+    ('{"instruction": "What?", "output": 7}', "output is of type int, not text"),
     ('{"instruction": " ", "output": "x"}', "empty user turn (1)"),
-    ('["What?", "That."]', "is a list, not an object with keys"),
+    ('["What?", "That."]', "is of type list, not an object with keys"),
     ("caf\udce9", "not UTF-8: byte 0xe9 at column 4"),
 ]
 
@@ -273,7 +274,7 @@ def test_long_examples_are_cut_and_counted(
 
     assert json.loads((folder / "data.json").read_text())["train"]["truncated"] == 1
     assert len(Dataset.from_file(str(folder / "train.arrow"))[1]["input_ids"]) == 40
-    assert seen(folder, tiny_model)[1].endswith("One⟧") or "One.⟧" in seen(folder, tiny_model)[1]
+    assert seen(folder, tiny_model)[1].endswith("⟦One. One. One. One. O⟧")
 
 
 def test_an_example_without_anything_to_train_is_a_bad_record(
@@ -301,9 +302,7 @@ def test_the_held_out_share_is_a_function_of_the_seed(
     assert 20 <= len(held_out) <= 60
 
 
-def test_preparing_the_same_again_reads_the_result(
-    prepared: Callable[..., Path], records: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_preparing_the_same_again_reads_the_result(prepared: Callable[..., Path], records: Callable[..., Path]) -> None:
     """The result is kept under a key of everything it depends on; a changed setting makes another one."""
     path = records("train.jsonl", [PAIR])
 
@@ -313,28 +312,33 @@ def test_preparing_the_same_again_reads_the_result(
     assert one != other
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (
-            # Like Qwen3's: an empty thought is written before an answer that has none.
-            TEMPLATE.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"),
-            "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is 3.<|im_end|>⟧\n",
-        ),
-        # Like Llama-3's: contents are trimmed.
-        (TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] | trim }}"), "assistant\n⟦It is 3.<|im_end|>⟧\n"),
-        # Like Llama-2's: no header before the answer, the end of turn after a blank.
-        ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }} <|im_end|>{% endif %}{% endfor %}", "3.⟦ <|im_end|>⟧"),
-        # Ends nothing at all: the end is added.
-        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "assistant: ⟦It is 3.<|im_end|>⟧"),
-    ],
-    ids=["thought", "trimmed", "bare", "endless"],
-)  # fmt: skip
-def test_the_trained_part_is_found_with_any_template(template: str, expected: str, tiny_model: Path) -> None:
+CONTENT = "{{ m['content'] }}"
+THOUGHT = "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+BARE = (
+    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }} <|im_end|>{% endif %}"
+)
+TEMPLATES = {
+    # Like Qwen3's: an empty thought is written before an answer that has none.
+    "thought": (
+        TEMPLATE.replace(CONTENT, THOUGHT + CONTENT),
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is 3.<|im_end|>⟧\n",
+    ),
+    # Like Llama-3's: contents are trimmed.
+    "trimmed": (TEMPLATE.replace(CONTENT, "{{ m['content'] | trim }}"), "assistant\n⟦It is 3.<|im_end|>⟧\n"),
+    # Like Llama-2's: no header before the answer, the end of turn after a blank.
+    "bare": ("{% for m in messages %}" + BARE + "{% endfor %}", "[/INST]⟦ It is 3. <|im_end|>⟧"),
+    # Ends nothing at all: the end is added.
+    "endless": ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", ":⟦ It is 3.<|im_end|>⟧"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_trained_part_is_found_with_any_template(name: str, tiny_model: Path) -> None:
     """The answer, what the template makes the model write before it, and the end of turn."""
+    template, expected = TEMPLATES[name]
     words = tokenizer.load(tiny_model)
     words.chat_template = template
-    answer = "It is 3." if "trim" not in template else "  It is 3. \n"
+    answer = "  It is 3. \n" if name == "trimmed" else "It is 3."
     example = formats.Example(
         messages=({"role": "user", "content": "1 and 2?"}, {"role": "assistant", "content": answer})
     )
@@ -343,30 +347,23 @@ def test_the_trained_part_is_found_with_any_template(template: str, expected: st
 
     assert isinstance(row, tokens.Row)
     text = tokens.marked(words, row)
-    assert expected.replace("3.⟦ ", "") in text if "[INST]" in template else text.endswith(expected)
+    assert text.endswith(expected)
     assert text.count("⟦") == 1
 
 
-def test_a_template_that_rewrites_the_answer_is_refused(tiny_model: Path) -> None:
-    """Rather than training on the wrong tokens."""
+def test_what_the_template_makes_of_an_answer_is_trained(tiny_model: Path) -> None:
+    """A template that rewrites answers, as reasoning models' do, is followed; one that drops them is refused."""
     words = tokenizer.load(tiny_model)
     words.chat_template = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
     example = formats.Example(messages=({"role": "user", "content": "?"}, {"role": "assistant", "content": "It is."}))
 
     (row,) = tokens.Renderer(words, 100, answers_only=True).rows([example])
 
+    assert isinstance(row, tokens.Row)
+    assert "assistant\n⟦IT IS.<|im_end|>⟧" in tokens.marked(words, row)
+
+    words.chat_template = "{{ messages[0]['content'] }}"
+    (row,) = tokens.Renderer(words, 100, answers_only=True).rows([example])
+
     assert isinstance(row, formats.BadRecordError)
-
-
-def test_records_are_read_in_constant_memory(tmp_path: Path) -> None:
-    """The reader of JSON lines yields each record before it has read the next."""
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
-
-    reader = records_of(path)
-
-    assert next(reader).value == {"text": "one"}
-
-
-def records_of(path: Path):  # noqa: ANN201 - a generator of the module under test
-    return records.read(path, path.name)
+    assert "writes 0 of the 1 answers" in str(row)

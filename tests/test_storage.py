@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import S3, files
+from conftest import files
 
 from job import errors, manifest, storage
 
@@ -288,7 +288,7 @@ REFUSALS = {
     ],
 )
 def test_what_s3_refuses_is_explained(
-    fault: str, kind: type[errors.JobError], s3: S3, bucket: str, monkeypatch: pytest.MonkeyPatch
+    fault: str, kind: type[errors.JobError], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Missing bucket and wrong credentials are permanent, an unreachable endpoint is not; 403 is never "not there"."""
     told, environ = REFUSALS[fault]
@@ -297,7 +297,7 @@ def test_what_s3_refuses_is_explained(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     store = storage.connect("s3://no-such-bucket/run" if fault == "bucket" else f"s3://{bucket}/run")
 
-    attempts = [lambda: store.read("done.json"), lambda: store.list()]
+    attempts = [lambda: store.read("done.json"), store.list]
     if fault != "bucket":  # this server makes a missing bucket at the first write
         attempts.append(lambda: store.put("x", b""))
     for attempt in attempts:

@@ -97,7 +97,7 @@ def _turn(turn: Mapping[str, Any], number: int) -> Message:
     if role not in _ROLES:
         raise BadRecordError(f"unknown role {role!r} in turn {number} (known: {', '.join(_ROLES)})")
     if not isinstance(content, str):
-        raise BadRecordError(f"the content of turn {number} is a {type(content).__name__}, not text")
+        raise BadRecordError(f"the content of turn {number} is of type {type(content).__name__}, not text")
     return {"role": _ROLES[role], "content": content}
 
 
@@ -114,7 +114,7 @@ def _conversation(messages: list[Message]) -> Example:
 
 def _text(record: Mapping[str, Any], key: str) -> str:
     if not isinstance(record[key], str):
-        raise BadRecordError(f"{key} is a {type(record[key]).__name__}, not text")
+        raise BadRecordError(f"{key} is of type {type(record[key]).__name__}, not text")
     return str(record[key])
 
 

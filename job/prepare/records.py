@@ -95,7 +95,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _record(place: int, value: object) -> Record:
     if isinstance(value, dict):
         return Record(place, value)
-    return Record(place, None, f"is a {type(value).__name__}, not an object with keys")
+    return Record(place, None, f"is of type {type(value).__name__}, not an object with keys")
 
 
 def _located(error: ValueError) -> str:

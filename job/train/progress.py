@@ -27,7 +27,7 @@ _SHOWN = (
     "memory_gb",
     "epoch",
 )
-_LOST = ("loss", "eval_loss")
+_LOSSES = ("loss", "eval_loss")
 
 
 class Progress(TrainerCallback):
@@ -58,7 +58,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         logs: dict[str, float] = more["logs"]
-        lost = [name for name in _LOST if not math.isfinite(logs.get(name, 0.0))]
+        watched = _LOSSES if args.fp16 else (*_LOSSES, "grad_norm")  # in float16 the scaler skips steps that overflow
+        lost = [name for name in watched if not math.isfinite(logs.get(name, 0.0))]
         if lost:
             raise errors.ModelError(
                 f"{lost[0]} is {logs[lost[0]]} at step {state.global_step}: nothing after the last checkpoint is kept. "
@@ -67,7 +68,7 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             logs = {**logs, **self._speed(state)}
         entry = {name: logs[name] for name in _SHOWN if name in logs}
-        if _LOST[0] in entry or _LOST[1] in entry:
+        if entry.keys() & set(_LOSSES):
             self._write(entry, state.global_step)
             self._say(entry, state)
 

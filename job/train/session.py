@@ -159,6 +159,12 @@ def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints) ->
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's names nothing but a path
     trainer.processing_class.save_pretrained(str(adapter))
     facts = _facts(task, trainer.state, best)
+    if facts["loss_after"] >= facts["loss_before"]:
+        log.warn(
+            "train.worse",
+            f"{facts['loss_measured_on']} loss rose from {facts['loss_before']:.4f} to {facts['loss_after']:.4f}: the "
+            "adapter is worse than the base; lower train.learning_rate, or look at the data",
+        )
     (adapter / paths.TRAINING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for name in ("data.json", "sample.txt"):
         shutil.copyfile(task.data / name, report / name)

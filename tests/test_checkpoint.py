@@ -1,0 +1,170 @@
+"""Which training steps are safe: what is kept, what is skipped, what is forgotten, and what comes back."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+from conftest import files
+from torch.optim.lr_scheduler import LambdaLR
+
+from job import checkpoint, errors, storage
+
+INPUTS = {"base": "b1", "data": "d1"}
+
+
+def loop(kind: type[torch.optim.Optimizer]) -> checkpoint.Loop:
+    """A network with one trained layer, large enough for 8-bit states, after a step."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+    network[0].requires_grad_(requires_grad=False)
+    optimizer = kind([p for p in network.parameters() if p.requires_grad], lr=0.1)
+    return checkpoint.Loop(network, optimizer, LambdaLR(optimizer, lambda step: 1 / (step + 1)), None)
+
+
+def step(made: checkpoint.Loop, seed: int) -> None:
+    torch.manual_seed(seed)
+    made.optimizer.zero_grad()
+    made.network(torch.randn(4, 64)).square().mean().backward()
+    made.optimizer.step()
+    made.scheduler.step()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> storage.Store:
+    return storage.connect((tmp_path / "store").as_uri())
+
+
+@pytest.fixture
+def checkpoints(store: storage.Store, tmp_path: Path) -> Callable[..., checkpoint.Checkpoints]:
+    def of(attempt: int = 1, keep: int = 2, inputs: dict[str, str] = INPUTS) -> checkpoint.Checkpoints:
+        return checkpoint.Checkpoints(store, attempt, inputs, keep, tmp_path / f"scratch-{attempt}")
+
+    return of
+
+
+def state(number: int) -> checkpoint.State:
+    return checkpoint.capture(number, loop(torch.optim.AdamW), "{}")
+
+
+def names(store: storage.Store) -> set[str]:
+    return {e.key.split("/")[1] for e in store.list("checkpoints/")}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, AdamW8bit])
+def test_training_goes_on_bitwise_where_it_stopped(
+    kind: type[torch.optim.Optimizer], checkpoints: Callable[..., checkpoint.Checkpoints]
+) -> None:
+    """Weights, optimizer states of every kind, learning rate and schedule come back exactly."""
+    whole, broken, resumed = loop(kind), loop(kind), loop(kind)
+    for seed in range(4):
+        step(whole, seed)
+    for seed in range(2):
+        step(broken, seed)
+    checkpoints().save(checkpoint.capture(2, broken, "{}"), None)
+
+    found = checkpoints(attempt=2).latest()
+    assert found
+    checkpoint.restore_adapter(found.path, resumed.network)
+    checkpoint.restore_optimizer(found.path, resumed)
+    for seed in range(2, 4):
+        step(resumed, seed)
+
+    assert all(map(torch.equal, resumed.network.parameters(), whole.network.parameters()))
+    assert resumed.scheduler.state_dict()["last_epoch"] == 4
+
+
+def test_a_checkpoint_holds_no_pickle(checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store) -> None:
+    """Safetensors and JSON only: who can write the bucket cannot run code in the job."""
+    checkpoints().save(state(5), None)
+
+    assert {e.key.rpartition(".")[2] for e in store.list("checkpoints/")} == {"safetensors", "json"}
+
+
+def test_the_newest_complete_checkpoint_is_the_latest(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store
+) -> None:
+    """By step, then by attempt; one without a manifest does not count."""
+    for attempt, number in ((1, 10), (2, 9), (2, 20)):
+        checkpoints(attempt, keep=9).save(state(number), None)
+    store.delete("checkpoints/00000020-2/manifest.json")
+
+    found = checkpoints(3).latest()
+
+    assert found
+    assert found.step == 10
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_checkpoint_is_skipped_and_said(
+    damage: str,
+    checkpoints: Callable[..., checkpoint.Checkpoints],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The one before it stands in."""
+    for number in (10, 20):
+        checkpoints().save(state(number), None)
+    path = tmp_path / "store" / "checkpoints" / "00000020-1" / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data if damage == "flip" else data[:-1])
+
+    found = checkpoints(2).latest()
+
+    assert found
+    assert found.step == 10
+    assert "00000020-1/ is" in caplog.text
+
+
+def test_retention_keeps_the_newest_and_the_best(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store
+) -> None:
+    """Older ones go only after a newer one is sealed, and what earlier attempts left incomplete goes too."""
+    checkpoints(1).save(state(10), None)
+    store.put("checkpoints/00000015-1/adapter.safetensors", b"half")
+    for number in (20, 30, 40):
+        checkpoints(2).save(state(number), best_step=20)
+
+    assert names(store) == {"00000020-2", "00000030-2", "00000040-2"}
+    assert checkpoints(3).at(20).step == 20
+
+
+def test_a_checkpoint_of_other_inputs_is_refused(checkpoints: Callable[..., checkpoint.Checkpoints]) -> None:
+    """Resuming on another base or other data would be another training."""
+    checkpoints().save(state(10), None)
+
+    with pytest.raises(errors.ModelError, match="was trained with another data"):
+        checkpoints(2, inputs={**INPUTS, "data": "d2"}).latest()
+
+
+def test_a_broken_adapter_is_never_kept(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store, tmp_path: Path
+) -> None:
+    """NaN in the weights ends the run before anything is written."""
+    broken = state(10)
+    name = next(iter(broken.adapter))
+    broken = dataclasses.replace(broken, adapter={**broken.adapter, name: torch.full((2,), float("nan"))})
+
+    with pytest.raises(errors.ModelError, match="step 10: the adapter holds NaN or Inf"):
+        checkpoints().save(broken, None)
+
+    assert store.list() == []
+    assert files(tmp_path) == set()
+
+
+def test_an_adapter_of_another_shape_is_refused(checkpoints: Callable[..., checkpoint.Checkpoints]) -> None:
+    """Names and shapes must be those of the model."""
+    checkpoints().save(state(10), None)
+    found = checkpoints(2).latest()
+    assert found
+
+    with pytest.raises(errors.ModelError, match="does not fit the model"):
+        checkpoint.restore_adapter(found.path, torch.nn.Linear(2, 2))
+
+
+def test_without_checkpoints_training_starts_anew(checkpoints: Callable[..., checkpoint.Checkpoints]) -> None:
+    """An empty store has no latest checkpoint."""
+    assert checkpoints().latest() is None

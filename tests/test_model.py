@@ -1,0 +1,136 @@
+"""Loading a base for training and merging, and finding the layers that get an adapter."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from job import config, errors
+from job.model import lora, tokenizer, weights
+
+
+@pytest.fixture
+def settings(tiny_run: Callable[..., Path]) -> Callable[..., config.Config]:
+    def read(**changes: dict[str, object]) -> config.Config:
+        return config.read(tiny_run(**changes))
+
+    return read
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+def test_every_quantization_trains_the_adapter_and_nothing_else(
+    quantization: str, tiny_model: Path, settings: Callable[..., config.Config]
+) -> None:
+    """The base is frozen; the adapter is float32 and gets a gradient in every layer."""
+    read = settings(model={"quantization": quantization})
+    network = lora.adapted(weights.for_training(tiny_model, read.model), read.lora)
+
+    network(input_ids=torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[5, 6, 7, 8]])).loss.backward()
+
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert all(p.grad.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)
+    assert len(trained) == 2 * 2 * 7
+
+
+def test_an_evaluation_leaves_the_gradients_as_they_were(
+    tiny_model: Path, settings: Callable[..., config.Config]
+) -> None:
+    """Bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs; training must not notice."""
+    read = settings(model={"quantization": "nf4"}, lora={"dropout": 0.0})
+    network = lora.adapted(weights.for_training(tiny_model, read.model), read.lora)
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[5, 6, 7, 8]])}
+
+    def gradients() -> dict[str, torch.Tensor]:
+        network.train()
+        network.zero_grad()
+        network(**batch).loss.backward()
+        return {name: p.grad.clone() for name, p in network.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    network.eval()
+    with torch.no_grad():
+        network(**batch)
+    after = gradients()
+
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [("auto", 14), ("all-linear", 14), ("attention", 8), (["q_proj", "v_proj"], 4), (["layers.1.mlp.up_proj"], 1)],
+)
+def test_targets_are_found_in_the_loaded_model(
+    targets: object, layers: int, tiny_model: Path, settings: Callable[..., config.Config]
+) -> None:
+    """All linear layers but the head, those of the attention, or those named."""
+    read = settings(lora={"targets": targets})
+
+    network = lora.adapted(weights.for_merging(tiny_model, read.model, "bfloat16"), read.lora)
+
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in network.named_parameters() if "lora_A" in name}
+    assert len(adapted) == layers
+    assert not [name for name in adapted if "lm_head" in name]
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["q_proj", "c_attn"]])
+def test_a_target_that_matches_nothing_is_an_error(
+    targets: list[str], tiny_model: Path, settings: Callable[..., config.Config]
+) -> None:
+    """With the names that there are; a part that matches does not excuse the part that does not."""
+    read = settings(lora={"targets": targets})
+    network = weights.for_merging(tiny_model, read.model, "bfloat16")
+
+    with pytest.raises(errors.ModelError, match="c_attn matches no linear layer of the model; it has: down_proj, gate"):
+        lora.adapted(network, read.lora)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", "{"), ("config.json", '{"model_type": "never-heard-of"}'), ("model.safetensors", "not weights")],
+)
+def test_a_base_that_cannot_be_loaded_is_explained(
+    name: str, content: str, tiny_model: Path, tmp_path: Path, settings: Callable[..., config.Config]
+) -> None:
+    """Broken or unknown configs and damaged weights are permanent errors that name the folder."""
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    (broken / name).write_text(content, encoding="utf-8")
+
+    with pytest.raises(errors.ModelError, match=r"model\.base: the model in .*broken cannot be loaded"):
+        weights.for_training(broken, settings().model)
+
+
+def test_a_base_that_is_quantized_already_is_refused(
+    tiny_model: Path, tmp_path: Path, settings: Callable[..., config.Config]
+) -> None:
+    """Merging into quantized weights would round twice."""
+    packed = tmp_path / "packed"
+    weights.for_training(tiny_model, settings(model={"quantization": "nf4"}).model).save_pretrained(packed)
+
+    with pytest.raises(errors.ModelError, match="it is quantized already"):
+        weights.for_training(packed, settings().model)
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{"), ("tokenizer_config.json", "[]")])
+def test_a_broken_tokenizer_is_explained(name: str, content: str, tiny_model: Path, tmp_path: Path) -> None:
+    """A permanent error that names the folder."""
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    (broken / name).write_text(content, encoding="utf-8")
+
+    with pytest.raises(errors.ModelError, match=r"model\.base: the tokenizer in .*broken cannot be loaded"):
+        tokenizer.load(broken)
+
+
+def test_a_base_model_without_a_template_gets_the_instruction_template(tiny_model: Path, tmp_path: Path) -> None:
+    """It is a chat template like any other, so the tuned model can be talked to with it."""
+    plain = Path(shutil.copytree(tiny_model, tmp_path / "plain"))
+    (plain / "chat_template.jinja").unlink()
+
+    words = tokenizer.load(plain)
+
+    asked = words.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True)
+    assert asked == "### Instruction\nWhy?\n\n### Response\n"
+    with pytest.raises(errors.ModelError, match="has no chat template: use instruction-en or instruction-zh"):
+        tokenizer.load(plain, "chat")

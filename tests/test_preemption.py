@@ -1,0 +1,55 @@
+"""A request to stop, as every step sees it."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from job import errors, preemption
+
+
+@pytest.fixture
+def notice() -> Iterator[preemption.Notice]:
+    """A notice that listens; the signals get their old meaning back afterwards."""
+    old = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    made = preemption.Notice()
+    made.listen()
+    yield made
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+@pytest.mark.usefixtures("notice")
+def test_a_signal_interrupts_what_can_be_repeated(number: signal.Signals) -> None:
+    """Outside training the job stops at once, by an exception that no library swallows."""
+    with pytest.raises(errors.Preempted, match=f"stopped by {number.name}"):
+        os.kill(os.getpid(), number)
+
+    assert not issubclass(errors.Preempted, Exception)
+    assert errors.Preempted.status == 75
+
+
+def test_training_is_only_told(notice: preemption.Notice) -> None:
+    """Inside the deferred block the request is remembered; a second signal does not break the save."""
+    done = False
+
+    def work() -> None:
+        nonlocal done
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        done = True
+
+    with pytest.raises(errors.Preempted), notice.deferred():
+        work()
+
+    assert done
+
+
+def test_nothing_happens_without_a_request(notice: preemption.Notice) -> None:
+    """A block that nobody interrupts ends as usual."""
+    with notice.deferred():
+        pass
+
+    notice.check()

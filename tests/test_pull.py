@@ -1,0 +1,149 @@
+"""What can be known before anything is downloaded, and what is used in place."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import S3, files
+
+from job import config, errors, manifest, paths, pull
+
+
+@pytest.fixture
+def base(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "base"))
+
+
+@pytest.fixture
+def settings(base: Path, tiny_run: Callable[..., Path]) -> config.Config:
+    return config.read(tiny_run(model={"base": str(base)}))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> paths.Cache:
+    return paths.Cache(tmp_path / "cache", "run")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda b: (b / "model.safetensors").unlink(), "has no weights at all: the job reads *.safetensors"),
+        (lambda b: (b / "model.safetensors").rename(b / "pytorch_model.bin"), "has only pytorch_model.bin"),
+        (lambda b: (b / "model.safetensors").rename(b / "model-00001-of-00003.safetensors"),
+         "lacks model-00002-of-00003.safetensors, model-00003-of-00003.safetensors: the upload"),
+        (lambda b: (b / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda b: (b / "config.json").unlink(), "has no config.json"),
+        (shutil.rmtree, "holds no files"),
+    ],
+)  # fmt: skip
+def test_an_unusable_base_is_refused_before_anything_is_read(
+    spoil: Callable[[Path], object], told: str, base: Path, settings: config.Config, cache: paths.Cache
+) -> None:
+    """No weights, weights of another kind, half an upload, no tokenizer, no config, nothing."""
+    spoil(base)
+
+    with pytest.raises(errors.PermanentError) as caught:
+        pull.preflight(settings, cache)
+
+    assert told in str(caught.value)
+    assert base.as_uri() in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (["missing.jsonl"], "missing.jsonl does not exist"),
+        (["nothing/"], "nothing/ holds no data files"),
+        (["base/config.txt"], "the name must end in .jsonl, .json, .csv or .parquet"),
+    ],
+)
+def test_data_that_are_not_there_are_named(
+    data: list[str], told: str, base: Path, tiny_run: Callable[..., Path], cache: paths.Cache, tmp_path: Path
+) -> None:
+    """A missing file, an empty folder, a file of an unknown kind."""
+    (base / "config.txt").write_text("x")
+    settings = config.read(tiny_run(model={"base": str(base)}, data={"train": [f"{tmp_path}/{d}" for d in data]}))
+
+    with pytest.raises(errors.PermanentError, match=told):
+        pull.preflight(settings, cache)
+
+
+def test_a_disk_that_is_too_small_is_said_at_once(
+    settings: config.Config, cache: paths.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is free, what is needed, and the key that names another disk."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 5 << 20))
+
+    with pytest.raises(errors.DiskFullError, match=r"5.2 MB are free, the run needs 1.1 GB.*set run.cache"):
+        pull.preflight(settings, cache)
+
+
+def test_local_files_are_used_where_they_lie(settings: config.Config, base: Path, cache: paths.Cache) -> None:
+    """A base of 140 GB on a shared file system is not copied, only hashed, and that once."""
+    one = pull.base(settings, cache)
+
+    assert one.path == base
+    assert one.digest == manifest.Manifest(manifest.of(base).files).digest
+    assert not [name for name in files(cache.root) if name.endswith(".safetensors")]
+    (base / "model.safetensors").write_bytes(b"another model")
+    assert pull.base(settings, cache).digest != one.digest
+
+
+def test_the_digest_of_a_base_does_not_depend_on_where_it_lies(
+    settings: config.Config, base: Path, s3: S3, bucket: str, tiny_run: Callable[..., Path], cache: paths.Cache
+) -> None:
+    """So a checkpoint resumes when the base moved from a disk to a bucket."""
+    s3.upload(base, bucket, "models/tiny")
+    remote = config.read(tiny_run(model={"base": f"s3://{bucket}/models/tiny"}))
+
+    got = pull.base(remote, cache)
+
+    assert got.digest == pull.base(settings, cache).digest
+    assert got.path.is_relative_to(cache.root)
+    assert files(got.path) == {*files(base), "manifest.json"}
+
+
+def test_a_changed_base_is_pulled_anew(
+    base: Path, s3: S3, bucket: str, tiny_run: Callable[..., Path], cache: paths.Cache
+) -> None:
+    """The cache never answers for a bucket whose content has changed."""
+    s3.upload(base, bucket, "models/tiny")
+    settings = config.read(tiny_run(model={"base": f"s3://{bucket}/models/tiny"}))
+    old = pull.base(settings, cache)
+    changed = json.loads((base / "config.json").read_text()) | {"changed": True}
+    s3.client().put_object(Bucket=bucket, Key="models/tiny/config.json", Body=json.dumps(changed).encode())
+
+    new = pull.base(settings, cache)
+
+    assert new.digest != old.digest
+    assert json.loads((new.path / "config.json").read_text())["changed"]
+
+
+def test_files_that_the_job_does_not_need_stay_in_the_bucket(
+    base: Path, s3: S3, bucket: str, tiny_run: Callable[..., Path], cache: paths.Cache
+) -> None:
+    """Weights of other frameworks, quantized copies and subfolders are neither downloaded nor part of the digest."""
+    for name in ("pytorch_model.bin", "model.gguf", "original/consolidated.pth"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"x")
+    s3.upload(base, bucket, "models/tiny")
+
+    got = pull.base(config.read(tiny_run(model={"base": f"s3://{bucket}/models/tiny"})), cache)
+
+    assert not files(got.path) & {"pytorch_model.bin", "model.gguf", "original/consolidated.pth"}
+
+
+def test_a_folder_of_data_is_read_in_the_order_of_its_names(
+    tmp_path: Path, cache: paths.Cache, records: Callable[..., Path]
+) -> None:
+    """Several files make one split, the same on every machine."""
+    (tmp_path / "many").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "c.csv", "readme.md"):
+        records(f"many/{name}", [{"text": name}])
+
+    got = pull.data([f"{(tmp_path / 'many').as_uri()}/"], cache)
+
+    assert [file.path.name for file in got] == ["a.jsonl", "b.jsonl", "c.csv"]
