@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
@@ -14,6 +15,13 @@ from job import errors, manifest
 from job.storage.store import Advance, Entry, Seen
 
 _SHA256_DIGITS = 64
+_UNREACHED = (httpx2.TransportError, hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError)
+_MISSING = (
+    hub_errors.RepositoryNotFoundError,
+    hub_errors.RevisionNotFoundError,
+    hub_errors.EntryNotFoundError,
+    hub_errors.HFValidationError,
+)
 
 
 class Hub:
@@ -62,27 +70,22 @@ class Hub:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except _UNREACHED as e:
+            raise errors.StoreError(
+                f"{self.url}: cannot reach the Hub: {e}. Put the model in a bucket, or check HF_ENDPOINT "
+                "and the network"
+            ) from e
         except hub_errors.GatedRepoError as e:
             raise errors.DeniedError(
                 f"{self.url}: the repository is gated: accept its terms on the Hub and set HF_TOKEN"
             ) from e
-        except (
-            hub_errors.RepositoryNotFoundError,
-            hub_errors.RevisionNotFoundError,
-            hub_errors.EntryNotFoundError,
-            hub_errors.HFValidationError,
-        ) as e:
+        except _MISSING as e:
             raise errors.NotFoundError(
                 f"{self.url}: not found on the Hub: check organisation, name and revision, and HF_TOKEN if "
                 "it is private"
             ) from e
         except hub_errors.HfHubHTTPError as e:
             raise errors.StoreError(f"{self.url}: the Hub answered: {e}") from e
-        except (hub_errors.OfflineModeIsEnabled, ConnectionError, OSError) as e:
-            raise errors.StoreError(
-                f"{self.url}: cannot reach the Hub: {e}. Put the model in a bucket, or check HF_ENDPOINT "
-                "and the network"
-            ) from e
 
 
 def _blob_id(path: Path) -> str:

@@ -1,0 +1,124 @@
+"""Reading a base model from the Hugging Face Hub, against a server that answers as the Hub does."""
+
+import hashlib
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import files
+
+Job = Callable[..., subprocess.CompletedProcess[str]]
+COMMIT = "c" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One repository, org/tiny, at one commit; `damaged` names a file whose bytes are flipped on the way."""
+
+    folder: Path
+    damaged = ""
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/org/tiny"):
+            self._send(json.dumps(self._info()).encode(), {"Content-Type": "application/json"})
+        elif path.startswith((f"/org/tiny/resolve/{COMMIT}/", "/org/tiny/resolve/main/")):
+            self._file(path.rpartition("/")[2])
+        else:
+            self._send(b"{}", {"X-Error-Code": "RepoNotFound"}, 404)
+
+    def _info(self) -> dict[str, object]:
+        return {"id": "org/tiny", "sha": COMMIT, "siblings": [self._sibling(p) for p in sorted(self.folder.iterdir())]}
+
+    @staticmethod
+    def _sibling(path: Path) -> dict[str, object]:
+        data = path.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        entry: dict[str, object] = {"rfilename": path.name, "size": len(data), "blobId": blob}
+        if path.suffix == ".safetensors":
+            entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        return entry
+
+    def _file(self, name: str) -> None:
+        data = bytearray((self.folder / name).read_bytes())
+        if name == self.damaged:
+            data[-1] ^= 1
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        self._send(bytes(data), headers)
+
+    def _send(self, data: bytes, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(tiny_model: Path) -> Iterator[dict[str, str]]:
+    """A running Hub; returns the environment that makes the job use it."""
+    Hub.folder, Hub.damaged = tiny_model, ""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_base_comes_from_the_hub(
+    hub: dict[str, str], tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """Every file verified by the checksum that the Hub keeps for it; the rest of the job as ever."""
+    outcome = job("run", tiny_run(model={"base": "hf://org/tiny@main"}, train={"max_steps": 2}), environ=hub)
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert "hf://org/tiny@main: 6 file(s)" in outcome.stderr
+    assert (
+        json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "hf://org/tiny@main"
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "status", "told"),
+    [
+        ("hf://org/nothing@main", 64, "hf://org/nothing@main: not found on the Hub"),
+        ("hf://org/tiny@main", 1, "damaged on the way or changed since it was listed"),
+    ],
+)
+def test_what_the_hub_does_not_deliver_is_explained(
+    base: str, status: int, told: str, hub: dict[str, str], tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """A repository that is not there is permanent, a damaged file may come whole next time."""
+    Hub.damaged = "model.safetensors"
+
+    outcome = job("run", tiny_run(model={"base": base}), environ=hub)
+
+    assert outcome.returncode == status, outcome.stderr
+    assert told in outcome.stderr
+    assert not [name for name in files(tmp_path / "cache") if name.endswith(("manifest.json", "model.safetensors"))]
+
+
+def test_a_hub_that_cannot_be_reached_may_be_there_next_time(tiny_run: Callable[..., Path], job: Job) -> None:
+    """With the way out: a bucket."""
+    config = tiny_run(model={"base": "hf://org/tiny@main"})
+
+    outcome = job("run", config, environ={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"})
+
+    assert outcome.returncode == 1, outcome.stderr
+    assert "cannot reach the Hub" in outcome.stderr
+    assert "Put the model in a bucket" in outcome.stderr
