@@ -167,8 +167,10 @@ def _conclude(job: Callable[[preemption.Notice, ExitStack], None], *, as_json: b
     with ExitStack() as after:
         try:
             job(notice, after)
+            notice.conclude()
             status = errors.DONE
         except (Exception, errors.Preempted) as e:  # noqa: BLE001 - the one place where errors become statuses
+            notice.conclude()
             status, message = _explain(e)
             say = log.warn if status == errors.AGAIN else log.error
             say("run.end", message, status=status, traceback=traceback.format_exc())

@@ -41,6 +41,10 @@ class Notice:
             self._deferred = False
         self.check()
 
+    def conclude(self) -> None:
+        """From now on only remember: the outcome is certain, and what is left to do takes a moment."""
+        self._deferred = True
+
     def _heard(self, number: int, _frame: FrameType | None) -> None:
         again = self.reason is not None
         self.reason = signal.Signals(number).name

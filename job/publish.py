@@ -54,8 +54,15 @@ def finished(store: Store, settings: Config) -> dict[str, Any] | None:
     blob = store.read(paths.DONE)
     if blob is None:
         return None
-    record: dict[str, Any] = json.loads(blob.data)
-    changed = [place for place in _places(settings) if record["artefacts"].get(place) != _digest(store, place)]
+    try:
+        record: dict[str, Any] = json.loads(blob.data)
+        named = dict(record["artefacts"])
+    except (ValueError, KeyError, TypeError) as e:
+        log.warn(
+            "publish.unreadable", f"{store.url}/{paths.DONE} cannot be read ({e!r}): looking at the results instead"
+        )
+        return None
+    changed = [place for place in _places(settings) if named.get(place) != _digest(store, place)]
     if changed:
         log.warn(
             "publish.changed",

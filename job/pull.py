@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from job import errors, log, manifest, paths, storage
 from job.config import Config
@@ -185,6 +186,8 @@ def _weights(names: set[str], where: str) -> set[str]:
 def _data(url: str) -> _Found:
     folder, _, name = url.rpartition("/")
     source = storage.source(folder)
+    if isinstance(source, storage.Folder):
+        name = unquote(name)
     if name:
         entries = [e for e in source.list(name) if e.key == name]
     else:

@@ -34,8 +34,8 @@ def _head(config: Config, facts: Mapping[str, Any], store_url: str) -> str:
     rows = {
         "Base model": f"{facts['base']} (digest {facts['inputs']['base']})",
         "Data": f"digest {facts['inputs']['data']}",
-        "Steps": f"{facts['steps']} ({facts['epochs']:.2f} epochs, {facts['tokens']:,} tokens); the "
-        "adapter is of step {facts['step_kept']}",
+        "Steps": f"{facts['steps']} ({facts['epochs']:.2f} epochs, {facts['tokens']:,} tokens); "
+        f"the adapter is that of step {facts['step_kept']}",
         "Loss": losses(facts),
         "Adapter": f"{store_url}/adapter/",
         "Merged model": f"{store_url}/merged/, in {config.merge.dtype}, into the {config.merge.base} base"

@@ -103,6 +103,9 @@ def test_a_mistake_is_told_with_its_place_and_the_way_out(
         ("run.url", "s3://${BUCKET}/run", "is not expanded: configs take no variables"),
         ("run.name", "My Run", "string should match pattern"),
         ("data.train", "[]", "data.train"),
+        ("data.train", "[hf://org/data]", "must be s3://bucket/key, file:///absolute/path or a path"),
+        ("model.base", "s3://bucket/run/base", "lies inside run.url s3://bucket/run, where the run writes"),
+        ("run.url", "s3://bucket/base", "model.base s3://bucket/base lies inside run.url"),
     ],
 )
 def test_an_unusable_value_is_refused(key: str, value: str, told: str, write: Callable[[str], Path]) -> None:

@@ -51,6 +51,19 @@ def test_a_changed_config_is_refused_with_the_difference(
     lease.agree(store, settings(train={"learning_rate": 1e-2, "log_every": 7}, lora={"r": 16}))
 
 
+def test_a_config_of_somebody_else_is_not_touched(store: storage.Store, settings: Callable[..., config.Config]) -> None:
+    """A run URL that points at a model's folder would otherwise cost the model its config.json."""
+    store.put("config.json", b'{"model_type": "llama"}')
+
+    for attempt in (lease.agree, lease.begin):
+        with pytest.raises(errors.ConfigError, match="that is not of this job"):
+            attempt(store, settings())
+
+    kept = store.read("config.json")
+    assert kept
+    assert kept.data == b'{"model_type": "llama"}'
+
+
 def test_a_config_that_made_nothing_yet_may_be_corrected(
     store: storage.Store, settings: Callable[..., config.Config]
 ) -> None:

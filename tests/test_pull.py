@@ -136,6 +136,18 @@ def test_files_that_the_job_does_not_need_stay_in_the_bucket(
     assert not files(got.path) & {"pytorch_model.bin", "model.gguf", "original/consolidated.pth"}
 
 
+def test_names_with_blanks_and_percent_signs_are_found(
+    tmp_path: Path, cache: paths.Cache, records: Callable[..., Path], tiny_run: Callable[..., Path]
+) -> None:
+    """A plain path in a config becomes a URL and finds its file again."""
+    (tmp_path / "my data").mkdir()
+    path = records("my data/50% of it.jsonl", [{"text": "x"}])
+
+    (url,) = config.read(tiny_run(data={"train": [str(path)]})).data.train
+
+    assert [file.path for file in pull.data([url], cache)] == [path]
+
+
 def test_a_folder_of_data_is_read_in_the_order_of_its_names(
     tmp_path: Path, cache: paths.Cache, records: Callable[..., Path]
 ) -> None:

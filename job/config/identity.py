@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+from job import errors
 from job.config.schema import Config
 
 # Keys that do not change what is computed, or only by the rounding of another summation order.
@@ -25,8 +26,17 @@ def digest(config: Config) -> str:
 
 
 def differences(ours: Config, theirs: bytes) -> list[str]:
-    """One line for each key that changes the result and differs from the config already kept under the run URL."""
-    old, new = _flat(json.loads(theirs)), _flat(ours.model_dump(mode="json"))
+    """One line for each key that changes the result and differs from the config already kept under the run URL.
+
+    Raises `errors.ConfigError` if `theirs` is no config of this job: what lies there belongs to somebody else.
+    """
+    try:
+        old = _flat(json.loads(theirs))
+    except (ValueError, AttributeError) as e:
+        raise errors.ConfigError(
+            f"run.url: {ours.run.url} holds a config.json that is not of this job: use a place of the run's own"
+        ) from e
+    new = _flat(ours.model_dump(mode="json"))
     return [
         f"{key}: {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} here"
         for key in sorted(old.keys() | new.keys())
@@ -39,4 +49,6 @@ def _neutral(key: str) -> bool:
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    if not {"run", "model", "data"} <= tree.keys():
+        raise ValueError("not a config")
     return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}

@@ -99,7 +99,10 @@ class Data(Section):
 
     @field_validator("train", "eval")
     @classmethod
-    def _carry_no_secret(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_readable(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if not url.startswith(("s3://", "file:///")):
+                raise ValueError(f"{url} must be s3://bucket/key, file:///absolute/path or a path")
         return tuple(_sound(url) for url in urls)
 
     @model_validator(mode="after")
@@ -200,6 +203,19 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     distributed: Distributed = Distributed()
     merge: Merge = Merge()
+
+    @model_validator(mode="after")
+    def _inputs_lie_outside(self) -> Self:
+        for key, url in [
+            ("model.base", self.model.base),
+            *(("data", url) for url in (*self.data.train, *self.data.eval)),
+        ]:
+            if f"{url.rstrip('/')}/".startswith(f"{self.run.url}/"):
+                raise ValueError(
+                    f"{key} {url} lies inside run.url {self.run.url}, where the run writes: give the run a "
+                    "place of its own"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_one_process(self) -> Self:

@@ -57,6 +57,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
         return checkpoint.Loop(self.model, optimizer, self.lr_scheduler, self.accelerator.scaler)
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:  # noqa: FBT001, FBT002
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if skip_scheduler and self.state.global_step:  # at the start: the evaluation that a request to stop cut off
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
     def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
         begun: tuple[int, int] = super()._init_training_state(max_steps, *rest)
         self.state.compute_steps(

@@ -1,0 +1,95 @@
+"""When a run is done, and the page that says so."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from job import config, paths, publish, report, storage
+
+FACTS = {
+    "base": "s3://b/base",
+    "inputs": {"base": "d1", "data": "d2"},
+    "config": "c",
+    "steps": 20,
+    "step_kept": 10,
+    "epochs": 1.5,
+    "tokens": 12345,
+    "loss_measured_on": "eval",
+    "loss_before": 4.5,
+    "loss_after": 3.25,
+}
+
+
+@pytest.fixture
+def settings(tiny_run: Callable[..., Path]) -> config.Config:
+    return config.read(tiny_run())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> storage.Store:
+    """A run whose three artefacts are published."""
+    made = storage.connect((tmp_path / "run").as_uri())
+    for place in (paths.ADAPTER, paths.MERGED, paths.REPORT):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "file").write_text(place)
+        publish.directory(made, tmp_path / place, place)
+    return made
+
+
+def test_a_run_is_done_when_everything_it_names_is_there(store: storage.Store, settings: config.Config) -> None:
+    """The record names inputs, outputs, versions and losses."""
+    assert publish.finished(store, settings) is None
+
+    record = publish.done(store, settings, FACTS, 3)
+
+    assert publish.finished(store, settings) == record
+    assert record["inputs"] == {"base": "d1", "data": "d2"}
+    assert set(record["artefacts"]) == {"adapter/", "merged/", "report/"}
+    assert record["attempt"] == 3
+    assert record["training"]["loss_after"] == 3.25
+    assert {"torch", "transformers", "peft", "trl", "bitsandbytes"} < set(record["versions"])
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone", "unreadable", "empty"])
+def test_a_record_that_does_not_fit_is_not_believed(
+    damage: str, store: storage.Store, settings: config.Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An artefact that changed or vanished, and a record that is cut off, make the run unfinished, and it is said."""
+    publish.done(store, settings, FACTS, 1)
+    if damage == "changed":
+        (tmp_path / paths.MERGED / "file").write_text("other weights")
+        publish.directory(store, tmp_path / paths.MERGED, paths.MERGED)
+    elif damage == "gone":
+        store.delete("merged/manifest.json")
+    else:
+        store.put(paths.DONE, b'{"artefacts"' if damage == "unreadable" else b"{}")
+
+    assert publish.finished(store, settings) is None
+    assert "merged/" in caplog.text or "cannot be read" in caplog.text
+
+
+def test_without_a_merge_the_merged_model_is_not_asked_for(store: storage.Store, tiny_run: Callable[..., Path]) -> None:
+    """Who wants the adapter only is done with it."""
+    settings = config.read(tiny_run(merge={"enabled": False}))
+    storage.remove(store, paths.MERGED)
+
+    publish.done(store, settings, FACTS, 1)
+
+    assert publish.finished(store, settings)
+
+
+def test_the_report_says_what_was_made_of_what(settings: config.Config, tmp_path: Path) -> None:
+    """Base, data, losses, counts, the sample and the config, on one page."""
+    counts = {"records": 9, "examples": 7, "bad": 2, "truncated": 1, "tokens": 99, "trained_tokens": 33, "longest": 31}
+    (tmp_path / "data.json").write_text(json.dumps({"train": counts}))
+    (tmp_path / "sample.txt").write_text("Why? ⟦Because.⟧")
+
+    page = (report.write(settings, FACTS, tmp_path, "s3://b/run") / report.NAME).read_text()
+
+    assert "eval loss 4.5000 before, 3.2500 after" in page
+    assert "| train | 9 | 7 | 2 | 1 | 99 | 33 | 31 |" in page
+    assert "20 (1.50 epochs, 12,345 tokens); the adapter is that of step 10" in page
+    assert "⟦Because.⟧" in page
+    assert '"learning_rate": 0.01' in page
