@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _PROJECT = "finetune-job"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def story(
@@ -43,20 +44,21 @@ def story(
     if record := publish.finished(store, config):
         _say_done("this run is done already", config, record)
         return
-    pull.preflight(config, cache)
+    trained = all(storage.sealed(store, place) for place in (paths.REPORT, paths.ADAPTER))
+    pull.preflight(config, cache, trained=trained)
     attempt = lease.begin(store, config)
     after.callback(publish.attempt, store, _log_to(cache), attempt)
     log.event("run.start", f"run {config.run.name}, attempt {attempt}, in {store.url}", attempt=attempt)
     base = pull.base(config, cache)
-    if not (storage.sealed(store, paths.REPORT) and storage.sealed(store, paths.ADAPTER)):
+    if not trained:
         from job import prepare
 
         data = prepare.dataset(
             config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache
         )
-        trained = launch.training(worker, _task(config, attempt, base, data, cache), environ, notice)
-        publish.directory(store, trained / "report", paths.REPORT)
-        publish.directory(store, trained / "adapter", paths.ADAPTER)
+        made = launch.training(worker, _task(config, attempt, base, data, cache), environ, notice)
+        publish.directory(store, made / "report", paths.REPORT)
+        publish.directory(store, made / "adapter", paths.ADAPTER)
     adapter = pull.artefact(store, paths.ADAPTER, cache)
     if config.merge.enabled and not storage.sealed(store, paths.MERGED):
         from job import merge
@@ -183,9 +185,12 @@ def _explain(error: BaseException) -> tuple[int, str]:
     """The exit status of an error and what to tell the user."""
     if isinstance(error, (errors.JobError, errors.Preempted)):
         return error.status, str(error)
-    if isinstance(error, OSError) and error.errno in _FULL:
-        where = error.filename or "the cache"
+    full = "No space left on device" in str(error)  # also when safetensors says it, in an error of its own
+    if full or (isinstance(error, OSError) and error.errno in _FULL):
+        where = getattr(error, "filename", None) or "the cache or the store"
         return errors.FAILED, f"no space left on the disk of {where}: free space, or set run.cache to a larger disk"
+    if isinstance(error, OSError) and error.errno in _BARRED:
+        return errors.PERMANENT, f"{error.filename}: {error.strerror}: correct run.url or run.cache, or its permissions"
     return errors.FAILED, f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 
@@ -228,8 +233,8 @@ def _task(config: "Config", attempt: int, base: "Base", data: "Prepared", cache:
     from job import config as configs
     from job import inputs, paths
 
-    digests = {"base": base.digest, "data": data.digest}
-    out = cache.work(f"trained-{paths.digest(configs.digest(config) + json.dumps(digests))}")
+    digests = {"base": base.digest, "data": data.digest, "config": configs.digest(config)}
+    out = cache.work(f"trained-{paths.digest(json.dumps(digests))}")
     return inputs.Task(config, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), digests)
 
 

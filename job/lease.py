@@ -16,6 +16,11 @@ def agree(store: Store, ours: Config) -> None:
     Raises `errors.ConfigError` with every key that differs.
     """
     there = store.read(paths.CONFIG)
+    if there is None and _has_results(store):
+        raise errors.ConfigError(
+            f"{store.url} holds results but no {paths.CONFIG} that says what they were made with: put it back "
+            "(`validate --json` prints it), or use another run.url"
+        )
     if there is None:
         return
     changed = config.differences(ours, there.data)
@@ -62,4 +67,6 @@ def _take(store: Store, number: int) -> int:
 
 
 def _has_results(store: Store) -> bool:
-    return any(store.list(place) for place in (paths.CHECKPOINTS, paths.ADAPTER, paths.MERGED, paths.DONE))
+    return any(
+        store.list(place) for place in (paths.CHECKPOINTS, paths.ADAPTER, paths.MERGED, paths.REPORT, paths.DONE)
+    )

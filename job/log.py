@@ -6,6 +6,7 @@ The standard library's logger carries the events; this module knows their shape 
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,14 +49,19 @@ class _JsonLines(logging.Formatter):
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _redacted(json.dumps(line, ensure_ascii=False, default=str))
 
 
 class _PlainLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return f"{clock} {mark}{record.getMessage()}"
+        return f"{clock} {mark}{_redacted(record.getMessage())}"
+
+
+def _redacted(text: str) -> str:
+    """Without the credentials that somebody wrote into a URL."""
+    return re.sub(r"://[^/@\s\"']+@", "://***@", text)
 
 
 def to_people(stream: TextIO, *, as_json: bool = False) -> None:

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from job import config as configs
 from job import errors, log, manifest, paths
 from job.config import Config
 from job.inputs import Base
@@ -37,6 +38,8 @@ def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Pat
             f"model.base: {base.url} has digest {base.digest}, the adapter was trained on "
             f"{facts['inputs']['base']}: put that base back"
         )
+    if facts["inputs"]["config"] != configs.digest(config):
+        raise errors.ConfigError("the adapter was trained with another config: use another run.url")
     log.event("merge.start", f"merging into the original base in {config.merge.dtype}")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -42,8 +42,9 @@ class Notice:
         self.check()
 
     def conclude(self) -> None:
-        """From now on only remember: the outcome is certain, and what is left to do takes a moment."""
-        self._deferred = True
+        """From now on hear nothing: the outcome is certain, and what is left to do takes a moment."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
         again = self.reason is not None

@@ -29,9 +29,8 @@ def done(store: Store, settings: Config, facts: Mapping[str, Any], number: int) 
     """Write ``done.json``: what came in, what went out, and how it went. Returns its content."""
     record = {
         "run": settings.run.name,
-        "config": config.digest(settings),
         "inputs": facts["inputs"],
-        "training": {k: v for k, v in facts.items() if k not in ("inputs", "config")},
+        "training": {k: v for k, v in facts.items() if k != "inputs"},
         "artefacts": {place: _digest(store, place) for place in _places(settings)},
         "versions": {package: importlib.metadata.version(package) for package in _VERSIONS},
         "attempt": number,
@@ -56,12 +55,14 @@ def finished(store: Store, settings: Config) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(blob.data)
-        named = dict(record["artefacts"])
+        named, made_with = dict(record["artefacts"]), record["inputs"]["config"]
     except (ValueError, KeyError, TypeError) as e:
         log.warn(
             "publish.unreadable", f"{store.url}/{paths.DONE} cannot be read ({e!r}): looking at the results instead"
         )
         return None
+    if made_with != config.digest(settings):
+        raise errors.ConfigError(f"{store.url}/{paths.DONE} is of a run with another config: use another run.url")
     changed = [place for place in _places(settings) if named.get(place) != _digest(store, place)]
     if changed:
         log.warn(

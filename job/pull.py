@@ -3,7 +3,9 @@
 Files of a ``file://`` URL are used where they lie; everything else is copied to the cache, once.
 """
 
+import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -41,12 +43,15 @@ class _Found:
         return paths.digest(json.dumps([self.source.url, listing]))
 
 
-def preflight(config: Config, cache: paths.Cache) -> None:
+def preflight(config: Config, cache: paths.Cache, *, trained: bool = False) -> None:
     """Look at everything that the run will read, without reading it: it is there, usable, and there is room.
+
+    The data are not needed any more when the run is `trained`.
 
     Raises the error that the run would end with later.
     """
-    found = [_base(config), *(_data(url) for url in (*config.data.train, *config.data.eval))]
+    urls = () if trained else (*config.data.train, *config.data.eval)
+    found = [_base(config), *(_data(url) for url in urls)]
     pulled = sum(f.size for f in found if not isinstance(f.source, storage.Folder) and not _present(f, cache))
     needed = pulled + (found[0].size if config.merge.enabled else 0) + _FREE
     cache.root.mkdir(parents=True, exist_ok=True)
@@ -106,11 +111,11 @@ def _here(found: _Found, target: Path) -> tuple[Path, Manifest]:
 
 def _recorded(folder: storage.Folder, entries: Sequence[storage.Entry], record: Path) -> Manifest:
     """Hash files that are used in place, once: the record's name changes when a size or a time does."""
-    if record.is_file():
+    with contextlib.suppress(FileNotFoundError, errors.DamagedError):
         return manifest.parse(record.read_bytes(), str(record))
     files = {e.key: manifest.File(size=e.size, sha256=manifest.sha256(folder.path(e))) for e in entries}
     record.parent.mkdir(parents=True, exist_ok=True)
-    temporary = record.with_suffix(".part")
+    temporary = record.with_suffix(f".{os.getpid()}.part")
     temporary.write_bytes(Manifest(files).to_json())
     temporary.rename(record)
     log.event(

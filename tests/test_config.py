@@ -1,5 +1,6 @@
 """Reading configs: what is accepted, what is refused, and how the refusal reads."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,7 +82,11 @@ def test_every_preset_is_valid(path: Path) -> None:
             "train: {global_batch_size: 8, micro_batch_size: 3}",
             "is not micro_batch_size 3 x 1 process x a whole number: use micro_batch_size 1 or 2 or 4 or 8",
         ),
-        ("train:", "run.yaml:8: train:"),
+        ("train: [1]", "run.yaml:8: train: was given [1]"),
+        ("train: {warmup: .inf}", "run.yaml:8: train.warmup: was given inf; input should be a finite number"),
+        ("train: {max_steps: 1}", "warmup 0.03 fills all 1 steps, so nothing would be learned"),
+        ("2020-01-01: x", "holds something other than plain keys and values"),
+        ("lora: {dora: true}\nmodel2: &a [*a]", "holds something other than plain keys and values"),
         ("lora: {r: 8}\nlora: {r: 4}", "run.yaml:9: lora is given twice"),
         ("lora: {r: [", "run.yaml: not valid YAML"),
     ],
@@ -103,6 +108,11 @@ def test_a_mistake_is_told_with_its_place_and_the_way_out(
         ("run.url", "s3://${BUCKET}/run", "is not expanded: configs take no variables"),
         ("run.name", "My Run", "string should match pattern"),
         ("data.train", "[]", "data.train"),
+        ("data.train", "[s3://bucket]", "names a bucket only"),
+        ("data.train", '[""]', "must be s3://bucket/key"),
+        ("run.url", "file:///", "must not be the root"),
+        ("run.url", "~nouser/run", "nouser"),
+        ("run.cache", "file:///tmp/x", "must be a path on the local disk"),
         ("data.train", "[hf://org/data]", "must be s3://bucket/key, file:///absolute/path or a path"),
         ("model.base", "s3://bucket/run/base", "lies inside run.url s3://bucket/run, where the run writes"),
         ("run.url", "s3://bucket/base", "model.base s3://bucket/base lies inside run.url"),
@@ -127,6 +137,22 @@ def test_a_missing_key_is_named(write: Callable[[str], Path]) -> None:
     del tree["model"]["base"]
 
     assert "model.base: is missing and has no default" in refusal(write(yaml.safe_dump(tree)))
+
+
+def test_a_section_of_comments_is_an_empty_one(write: Callable[[str], Path]) -> None:
+    """Whoever comments out every key gets the defaults, and can still override them."""
+    read = config.read(write(SMALL + "train:\n  # epochs: 1\n"), ["train.epochs=2"])
+
+    assert read.train.epochs == 2
+
+
+def test_a_key_that_came_with_a_later_version_is_no_difference(write: Callable[[str], Path]) -> None:
+    """A run that was begun before the key existed goes on if the key has its default now."""
+    read = config.read(write(SMALL))
+    older = json.loads(config.claimed(read))
+    del older["lora"]["dora"]
+
+    assert config.differences(read, json.dumps(older).encode()) == []
 
 
 def test_overrides_replace_what_the_file_says(write: Callable[[str], Path]) -> None:

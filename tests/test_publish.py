@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from job import config, paths, publish, report, storage
+from job import config, errors, paths, publish, report, storage
 
 FACTS = {
     "base": "s3://b/base",
     "inputs": {"base": "d1", "data": "d2"},
-    "config": "c",
     "steps": 20,
     "step_kept": 10,
     "epochs": 1.5,
@@ -28,6 +27,11 @@ def settings(tiny_run: Callable[..., Path]) -> config.Config:
 
 
 @pytest.fixture
+def facts(settings: config.Config) -> dict[str, object]:
+    return FACTS | {"inputs": {"base": "d1", "data": "d2", "config": config.digest(settings)}}
+
+
+@pytest.fixture
 def store(tmp_path: Path) -> storage.Store:
     """A run whose three artefacts are published."""
     made = storage.connect((tmp_path / "run").as_uri())
@@ -38,14 +42,16 @@ def store(tmp_path: Path) -> storage.Store:
     return made
 
 
-def test_a_run_is_done_when_everything_it_names_is_there(store: storage.Store, settings: config.Config) -> None:
+def test_a_run_is_done_when_everything_it_names_is_there(
+    store: storage.Store, settings: config.Config, facts: dict[str, object]
+) -> None:
     """The record names inputs, outputs, versions and losses."""
     assert publish.finished(store, settings) is None
 
-    record = publish.done(store, settings, FACTS, 3)
+    record = publish.done(store, settings, facts, 3)
 
     assert publish.finished(store, settings) == record
-    assert record["inputs"] == {"base": "d1", "data": "d2"}
+    assert record["inputs"] == facts["inputs"]
     assert set(record["artefacts"]) == {"adapter/", "merged/", "report/"}
     assert record["attempt"] == 3
     assert record["training"]["loss_after"] == 3.25
@@ -54,10 +60,15 @@ def test_a_run_is_done_when_everything_it_names_is_there(store: storage.Store, s
 
 @pytest.mark.parametrize("damage", ["changed", "gone", "unreadable", "empty"])
 def test_a_record_that_does_not_fit_is_not_believed(
-    damage: str, store: storage.Store, settings: config.Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str,
+    store: storage.Store,
+    settings: config.Config,
+    facts: dict[str, object],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An artefact that changed or vanished, and a record that is cut off, make the run unfinished, and it is said."""
-    publish.done(store, settings, FACTS, 1)
+    publish.done(store, settings, facts, 1)
     if damage == "changed":
         (tmp_path / paths.MERGED / "file").write_text("other weights")
         publish.directory(store, tmp_path / paths.MERGED, paths.MERGED)
@@ -70,12 +81,22 @@ def test_a_record_that_does_not_fit_is_not_believed(
     assert "merged/" in caplog.text or "cannot be read" in caplog.text
 
 
+def test_a_record_of_another_config_is_refused(
+    store: storage.Store, facts: dict[str, object], settings: config.Config, tiny_run: Callable[..., Path]
+) -> None:
+    """Also when config.json was lost."""
+    publish.done(store, settings, facts, 1)
+
+    with pytest.raises(errors.ConfigError, match="is of a run with another config"):
+        publish.finished(store, config.read(tiny_run(lora={"r": 4})))
+
+
 def test_without_a_merge_the_merged_model_is_not_asked_for(store: storage.Store, tiny_run: Callable[..., Path]) -> None:
     """Who wants the adapter only is done with it."""
     settings = config.read(tiny_run(merge={"enabled": False}))
     storage.remove(store, paths.MERGED)
 
-    publish.done(store, settings, FACTS, 1)
+    publish.done(store, settings, FACTS | {"inputs": {"config": config.digest(settings)}}, 1)
 
     assert publish.finished(store, settings)
 

@@ -37,11 +37,23 @@ def differences(ours: Config, theirs: bytes) -> list[str]:
             f"run.url: {ours.run.url} holds a config.json that is not of this job: use a place of the run's own"
         ) from e
     new = _flat(ours.model_dump(mode="json"))
+    old = _defaults() | old  # a key that was not there yet when the run began
     return [
         f"{key}: {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not _neutral(key)
     ]
+
+
+def _defaults() -> dict[str, Any]:
+    least: dict[str, dict[str, Any]] = {
+        "run": {"name": "x", "url": "file:///x"},
+        "model": {"base": "file:///y"},
+        "data": {"train": ["file:///z"]},
+    }
+    given = {f"{section}.{key}" for section, keys in least.items() for key in keys}
+    flat = _flat(Config.model_validate_json(json.dumps(least)).model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if key not in given}
 
 
 def _neutral(key: str) -> bool:

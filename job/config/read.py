@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -73,8 +74,12 @@ def _parse(text: str, source: str) -> tuple[Tree, Places]:
         raise errors.ConfigError(f"{source}: not valid YAML: {e}") from e
     if not isinstance(root, yaml.MappingNode):
         raise errors.ConfigError(f"{source}: must be a mapping with the sections {', '.join(Config.model_fields)}")
+    try:
+        json.dumps(tree, default=str)
+    except (TypeError, ValueError) as e:
+        raise errors.ConfigError(f"{source}: holds something other than plain keys and values: {e}") from e
     places = Places(source, dict(_lines(root, "", source)))
-    return tree, places
+    return {key: {} if value is None else value for key, value in tree.items()}, places  # a section of comments only
 
 
 def _lines(node: yaml.MappingNode, prefix: str, source: str) -> Iterable[tuple[str, int]]:
@@ -143,10 +148,15 @@ def _absolute(tree: Tree) -> Tree:
 
 
 def _url(path: str) -> str:
-    if "://" in path:
+    if "://" in path or not path:
         return path
     folder = "/" if path.endswith("/") else ""
-    return Path(path).expanduser().absolute().resolve().as_uri() + folder
+    try:
+        absolute = Path(path).expanduser().absolute()
+    except RuntimeError as e:
+        raise errors.ConfigError(f"{path}: {e}") from e
+    # Without following links: a link's name says what is in it, its target's often does not.
+    return Path(os.path.normpath(absolute)).as_uri() + folder
 
 
 def _plain(error: pydantic.ValidationError) -> list[Any]:

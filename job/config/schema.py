@@ -1,11 +1,11 @@
 """The run as frozen, typed data: every key, its type, its default and the reason for the default."""
 
-import re
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+from job.config import urls
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -13,7 +13,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Frozen, and closed: an unknown key is a mistake, never ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -32,7 +32,16 @@ class Run(Section):
     def _is_writable_store(cls, url: str) -> str:
         if not url.startswith(("s3://", "file:///")):
             raise ValueError("must be s3://bucket/prefix or file:///absolute/path")
-        return _sound(url).rstrip("/")
+        if url.rstrip("/") == "file:":
+            raise ValueError("must not be the root of the file system")
+        return urls.sound(url).rstrip("/")
+
+    @field_validator("cache")
+    @classmethod
+    def _is_path(cls, path: str | None) -> str | None:
+        if path is not None and ("://" in path or not path):
+            raise ValueError("must be a path on the local disk, not a URL")
+        return path
 
 
 class Model(Section):
@@ -57,11 +66,11 @@ class Model(Section):
             raise ValueError("must be s3://bucket/prefix, file:///absolute/path or hf://org/name@revision")
         if url.startswith("hf://") and len(url.removeprefix("hf://").split("@")[0].split("/")) != 2:  # noqa: PLR2004 - org and name
             raise ValueError("must be hf://org/name or hf://org/name@revision")
-        return _sound(url).rstrip("/")
+        return urls.sound(url).rstrip("/")
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:
-        if self.trust_remote_code and self.base.startswith("hf://") and not _is_commit(self.base.partition("@")[2]):
+        if self.trust_remote_code and self.base.startswith("hf://") and not urls.is_commit(self.base.partition("@")[2]):
             raise ValueError("trust_remote_code needs a pinned base: hf://org/name@ and the full 40-digit commit")
         return self
 
@@ -99,11 +108,13 @@ class Data(Section):
 
     @field_validator("train", "eval")
     @classmethod
-    def _are_readable(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
+    def _are_readable(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for url in given:
             if not url.startswith(("s3://", "file:///")):
-                raise ValueError(f"{url} must be s3://bucket/key, file:///absolute/path or a path")
-        return tuple(_sound(url) for url in urls)
+                raise ValueError(f"{url!r} must be s3://bucket/key, file:///absolute/path or a path")
+            if url.startswith("s3://") and "/" not in url.removeprefix("s3://"):
+                raise ValueError(f"{url} names a bucket only: add the file's key, or / for every data file in it")
+        return tuple(urls.sound(url) for url in given)
 
     @model_validator(mode="after")
     def _one_eval(self) -> Self:
@@ -142,6 +153,9 @@ class Train(Section):
     def _one_length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("epochs and max_steps exclude each other: give one")
+        steps = self.max_steps
+        if steps and (self.warmup if self.warmup >= 1 else math.ceil(self.warmup * steps)) >= steps:
+            raise ValueError(f"warmup {self.warmup} fills all {steps} steps, so nothing would be learned: lower it")
         return self
 
     def accumulation(self, world_size: int) -> int:
@@ -218,23 +232,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _dora_has_a_layer(self) -> Self:
+        if self.lora.dora and self.model.quantization == "int8":
+            raise ValueError("lora.dora does not work on int8 layers: use model.quantization nf4 or none")
+        return self
+
+    @model_validator(mode="after")
     def _fits_one_process(self) -> Self:
         processes = self.distributed.processes_per_node
         self.train.accumulation(1 if processes == "auto" else processes)
         return self
-
-
-def _sound(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    if scheme in ("s3", "hf") and "@" in rest.split("/")[0]:
-        raise ValueError(
-            "must not carry credentials; they come from the standard AWS and Hugging Face chain "
-            "(environment, profile, role)"
-        )
-    if scheme == "s3" and not _BUCKET.match(rest.split("/")[0]):
-        raise ValueError(f"{rest.split('/')[0]!r} is no bucket name (3 to 63 of a-z, 0-9, dots and dashes)")
-    return url
-
-
-def _is_commit(revision: str) -> bool:
-    return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)  # noqa: PLR2004 - digits of a git commit

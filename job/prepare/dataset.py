@@ -4,10 +4,9 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,46 +16,19 @@ import pyarrow as pa
 from job import errors, log, manifest, paths
 from job.config import Config
 from job.inputs import Base, DataFile, Prepared
+from job.manifest import Manifest
 from job.model import tokenizer
 from job.prepare import formats, records
 from job.prepare.formats import BadRecordError, Example
+from job.prepare.tally import SHOWN, Tally
 from job.prepare.tokens import Renderer, Row, marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SHOWN = 20  # bad records that are listed one by one
 _BATCH = 1000  # records tokenized at once
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), Path(tokenizer.__file__))
-
-
-@dataclass
-class _Tally:
-    """What happened to the records of one split."""
-
-    records: int = 0
-    examples: int = 0
-    bad: int = 0
-    complaints: list[str] = field(default_factory=list)
-    truncated: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest: int = 0
-    formats: dict[str, str] = field(default_factory=dict)
-    ignored_keys: Counter[str] = field(default_factory=Counter)
-
-    def reject(self, where: str, reason: str) -> None:
-        self.bad += 1
-        if len(self.complaints) < _SHOWN:
-            self.complaints.append(f"{where}: {reason}")
-
-    def accept(self, row: Row) -> None:
-        self.examples += 1
-        self.truncated += row.truncated
-        self.tokens += len(row.input_ids)
-        self.trained_tokens += sum(label != tokenizer.IGNORED for label in row.labels)
-        self.longest = max(self.longest, len(row.input_ids))
 
 
 def dataset(
@@ -66,28 +38,30 @@ def dataset(
 
     Raises `errors.DataError` naming file, line and reason of each record that cannot be used.
     """
+    _refuse_leak(train, evaluation)
     key = _key(config, base.digest, train, evaluation)
     target = cache.prepared(key)
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{target}.lock"):
         there = manifest.sealed(target)
         if there:
-            log.event("prepare.here", f"prepared data are here already ({_summary(target)})", digest=there.digest)
-            return Prepared(target, there.digest)
+            log.event("prepare.here", f"prepared data are here already ({_summary(target)})", digest=_digest(there))
+            return Prepared(target, _digest(there))
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         words = tokenizer.load(base.path, config.data.template, trust_remote_code=config.model.trust_remote_code)
         _Preparation(config, words, partial).run(train, evaluation)
         whole = manifest.seal(partial)
+        shutil.rmtree(target, ignore_errors=True)  # an earlier, damaged one: it was not sealed
         partial.rename(target)
     log.event(
         "prepare.done",
         f"prepared {_summary(target)}",
-        digest=whole.digest,
+        digest=_digest(whole),
         **json.loads((target / "data.json").read_text(encoding="utf-8")),
     )
-    return Prepared(target, whole.digest)
+    return Prepared(target, _digest(whole))
 
 
 class _Preparation:
@@ -118,9 +92,9 @@ class _Preparation:
         (self._target / "sample.txt").write_text(self._sample, encoding="utf-8")
         log.event("prepare.sample", f"the first example, trained tokens between ⟦ and ⟧:\n{self._sample}")
 
-    def _split(self, split: str, files: Sequence[DataFile], *, kept: bool | None = None) -> _Tally:
+    def _split(self, split: str, files: Sequence[DataFile], *, kept: bool | None = None) -> Tally:
         """Write one split; with an eval fraction, the records whose draw is `kept`, or not, for training."""
-        tally = _Tally()
+        tally = Tally()
         path = self._target / f"{split}.arrow"
         examples = itertools.chain.from_iterable(self._examples(file, tally, kept) for file in files)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
@@ -134,9 +108,9 @@ class _Preparation:
         self._judge(split, tally, files)
         return tally
 
-    def _examples(self, file: DataFile, tally: _Tally, kept: bool | None) -> Iterator[tuple[str, Example]]:  # noqa: FBT001 - private
-        name: str = "" if self._data.format == "auto" else self._data.format
-        heading = tokenizer.input_heading(self._words)
+    def _examples(self, file: DataFile, tally: Tally, kept: bool | None) -> Iterator[tuple[str, Example]]:  # noqa: FBT001 - private
+        name, heading = self._format(file), tokenizer.input_heading(self._words)
+        tally.formats[file.url] = name
         for record in records.read(file.path, file.url):
             if kept is not None and kept != self._draw(file.sha256, record.place):
                 continue
@@ -145,16 +119,24 @@ class _Preparation:
             try:
                 if record.value is None:
                     raise BadRecordError(record.reason)  # noqa: TRY301 - one place counts bad records
-                name = name or formats.recognise(record.value)
-                tally.formats[file.url] = name
-                tally.ignored_keys.update(formats.ignored(record.value, name))
+                tally.ignored_keys.update(sorted(formats.ignored(record.value, name)))
                 yield where, formats.convert(record.value, name, heading)
             except BadRecordError as e:
                 tally.reject(where, str(e))
                 if self._hopeless(tally):
                     return
 
-    def _rows(self, batch: Sequence[tuple[str, Example]], tally: _Tally) -> Iterator[Row]:
+    def _format(self, file: DataFile) -> str:
+        """What the config says, or what the keys of the first readable record say."""
+        if self._data.format != "auto":
+            return self._data.format
+        first = next((r for r in records.read(file.path, file.url) if r.value is not None), None)
+        try:
+            return formats.recognise(first.value) if first and first.value is not None else "unreadable"
+        except BadRecordError as e:
+            raise errors.DataError(f"{file.url}:{first.place if first else 0}: the first record {e}") from e
+
+    def _rows(self, batch: Sequence[tuple[str, Example]], tally: Tally) -> Iterator[Row]:
         for (where, _), row in zip(batch, self._renderer.rows([example for _, example in batch]), strict=True):
             if isinstance(row, BadRecordError):
                 tally.reject(where, str(row))
@@ -162,16 +144,16 @@ class _Preparation:
                 tally.accept(row)
                 yield row
 
-    def _hopeless(self, tally: _Tally) -> bool:
+    def _hopeless(self, tally: Tally) -> bool:
         """Enough has been seen to know that the run will be refused: do not read on."""
-        return tally.bad > _SHOWN and not self._data.skip_bad_share
+        return tally.bad > SHOWN and not self._data.skip_bad_share
 
     def _draw(self, digest: str, place: int) -> bool:
         """Whether a record is for training: a function of the seed, the file's content and the place only."""
         drawn = hashlib.sha256(f"{self._config.run.seed} {digest} {place}".encode()).digest()
         return int.from_bytes(drawn[:8], "big") / 2**64 >= self._data.eval_fraction
 
-    def _judge(self, split: str, tally: _Tally, files: Sequence[DataFile]) -> None:
+    def _judge(self, split: str, tally: Tally, files: Sequence[DataFile]) -> None:
         for url, name in tally.formats.items():
             log.event("prepare.format", f"{url}: {name} format", split=split, url=url, format=name)
         if tally.ignored_keys:
@@ -184,6 +166,10 @@ class _Preparation:
             self._judge_bad(split, tally)
         if not tally.examples:
             where = ", ".join(file.url for file in files)
+            if split == "eval" and self._data.eval_fraction:
+                raise errors.DataError(
+                    f"data.eval_fraction {self._data.eval_fraction} holds out none of the records in {where}: raise it"
+                )
             raise errors.DataError(
                 f"{split}: no record in {where}; there is nothing to {'train on' if split == 'train' else 'evaluate'}"
             )
@@ -195,15 +181,15 @@ class _Preparation:
                 split=split, truncated=tally.truncated,
             )  # fmt: skip
 
-    def _judge_bad(self, split: str, tally: _Tally) -> None:
+    def _judge_bad(self, split: str, tally: Tally) -> None:
         share = tally.bad / tally.records
         listed = "\n".join(f"  {line}" for line in tally.complaints)
         more = f"\n  and {tally.bad - len(tally.complaints)} more" if tally.bad > len(tally.complaints) else ""
         seen = f"{split}: {tally.bad} of {tally.records} records read cannot be used:\n{listed}{more}"
         if share > self._data.skip_bad_share:
-            raise errors.DataError(
-                f"{seen}\nCorrect them, or set data.skip_bad_share to at least {share:.2g} to leave them out"
-            )
+            enough = (math.floor(share * 100) + 1) / 100
+            skip = f", or set data.skip_bad_share to {enough} to leave them out" if enough < 1 else ""
+            raise errors.DataError(f"{seen}\nCorrect them{skip}")
         log.warn(
             "prepare.skipped",
             f"{seen}\nThey are left out, as data.skip_bad_share {self._data.skip_bad_share} allows",
@@ -212,11 +198,21 @@ class _Preparation:
         )
 
 
+def _refuse_leak(train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
+    trained = {file.sha256: file.url for file in train}
+    for file in evaluation:
+        if file.sha256 in trained:
+            raise errors.DataError(
+                f"data.eval: {file.url} has the same content as {trained[file.sha256]} in data.train, so the eval loss "
+                "would measure memory: hold out other records, or use data.eval_fraction"
+            )
+
+
 def _key(config: Config, base_digest: str, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> str:
     """What the result depends on: the files, the settings, the tokenizer, and the code that reads them."""
     parts = {
-        "train": [f.sha256 for f in train],
-        "eval": [f.sha256 for f in evaluation],
+        "train": [(f.url, f.sha256) for f in train],
+        "eval": [(f.url, f.sha256) for f in evaluation],
         "settings": config.data.model_dump(mode="json", exclude={"train", "eval"}),
         "seed": config.run.seed if config.data.eval_fraction else None,
         "base": base_digest,
@@ -224,6 +220,11 @@ def _key(config: Config, base_digest: str, train: Sequence[DataFile], evaluation
         + [importlib.metadata.version(p) for p in ("transformers", "tokenizers")],
     }
     return paths.digest(json.dumps(parts, sort_keys=True))
+
+
+def _digest(whole: Manifest) -> str:
+    """Of the tokens alone: the counts beside them name URLs, which may change while the data stay the same."""
+    return Manifest({name: file for name, file in whole.files.items() if name.endswith(".arrow")}).digest
 
 
 def _summary(target: Path) -> str:

@@ -87,14 +87,14 @@ def _plain_text(record: Mapping[str, Any], _heading: str) -> Example:
     text = _text(record, "text")
     if not text.strip():
         raise BadRecordError("empty text")
-    return Example(text=text)
+    return Example(text=_whole(text))
 
 
 def _turn(turn: Mapping[str, Any], number: int) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role is None or content is None:
         raise BadRecordError(f"turn {number} lacks {'role or from' if role is None else 'content or value'}")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise BadRecordError(f"unknown role {role!r} in turn {number} (known: {', '.join(_ROLES)})")
     if not isinstance(content, str):
         raise BadRecordError(f"the content of turn {number} is of type {type(content).__name__}, not text")
@@ -109,6 +109,8 @@ def _conversation(messages: list[Message]) -> Example:
             )
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRecordError("does not end with an answer of the assistant")
+    for message in messages:
+        _whole(message["content"])
     return Example(messages=tuple(messages))
 
 
@@ -116,6 +118,15 @@ def _text(record: Mapping[str, Any], key: str) -> str:
     if not isinstance(record[key], str):
         raise BadRecordError(f"{key} is of type {type(record[key]).__name__}, not text")
     return str(record[key])
+
+
+def _whole(text: str) -> str:
+    """JSON can write half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise BadRecordError(f"holds half a character ({text[e.start]!a}) at {e.start + 1}") from e
+    return text
 
 
 def _optional(record: Mapping[str, Any], key: str) -> str:

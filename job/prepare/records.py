@@ -57,15 +57,17 @@ def _jsonl(stream: BinaryIO) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            yield _record(number, json.loads(line.decode("utf-8")))
+            yield _record(number, json.loads(line.decode("utf-8"), object_pairs_hook=_unique))
         except json.JSONDecodeError as e:
             yield Record(number, None, f"broken JSON: {e.msg} at column {e.colno}")
         except UnicodeDecodeError as e:
             yield Record(number, None, f"not UTF-8: byte {e.object[e.start]:#04x} at column {e.start + 1}")
+        except (ValueError, RecursionError) as e:
+            yield Record(number, None, f"unusable JSON: {e}")
 
 
 def _json(stream: BinaryIO) -> Iterator[Record]:
-    tree = json.loads(stream.read().removeprefix(_BOM).decode("utf-8"))
+    tree = json.loads(stream.read().removeprefix(_BOM).decode("utf-8"), object_pairs_hook=_unique)
     rows = tree.get("data") if isinstance(tree, dict) else tree
     if not isinstance(rows, list):
         raise ValueError('must be a list of records, or an object with a list under "data"')  # noqa: TRY004 - about the file, not a type
@@ -76,9 +78,12 @@ def _json(stream: BinaryIO) -> Iterator[Record]:
 def _csv(stream: BinaryIO) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    names = list(rows.fieldnames or ())
+    if len(set(names)) < len(names):
+        raise ValueError(f"the header names a column twice: {', '.join(names)}")
     for row in rows:
         if None in row or None in row.values():
-            yield Record(rows.line_num, None, f"has not the {len(rows.fieldnames or ())} columns of the header")
+            yield Record(rows.line_num, None, f"has not the {len(names)} columns of the header")
         else:
             yield _record(rows.line_num, row)
 
@@ -90,6 +95,13 @@ def _parquet(path: Path) -> Iterator[Record]:
             for row in batch.to_pylist():
                 number += 1
                 yield _record(number, row)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"a key is given twice: {', '.join(key for key, _ in pairs)}")
+    return made
 
 
 def _record(place: int, value: object) -> Record:

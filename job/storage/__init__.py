@@ -1,7 +1,7 @@
 """Directories and small objects to and from a store, whole or not at all."""
 
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from job import errors
 from job.storage.directory import fetch, pull, push, remove, sealed
@@ -30,7 +30,7 @@ def connect(url: str) -> Store:
     """The writable store at ``s3://bucket/prefix`` or ``file:///path``."""
     scheme, _, rest = url.partition("://")
     if scheme == "file":
-        return Folder(Path(unquote(urlsplit(url).path)))
+        return Folder(Path(unquote(rest)))
     if scheme == "s3":
         from job.storage.s3 import S3  # boto3 takes a third of a second to import
 

@@ -35,10 +35,24 @@ _REFUSALS: dict[str, tuple[type[errors.JobError], str]] = {
     **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), _EXPIRED),
     **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed"), _ELSEWHERE),
 }
+_RAISED = (
+    boto3.exceptions.Boto3Error,
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.ClientError,
+    ValueError,
+)
 _UNREACHED = (
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.ConnectionError,
     botocore.exceptions.IncompleteReadError,
+)
+_MISCONFIGURED = (
+    botocore.exceptions.ParamValidationError,
+    botocore.exceptions.ProfileNotFound,
+    botocore.exceptions.ConfigNotFound,
+    botocore.exceptions.ConfigParseError,
+    botocore.exceptions.NoRegionError,
+    ValueError,  # what boto3 raises for an endpoint that is no URL
 )
 _PATIENCE = botocore.config.Config(
     connect_timeout=10,
@@ -145,7 +159,7 @@ class S3:
         what = f"{doing.strip()} in s3://{self.bucket}/{self.prefix}"
         try:
             yield
-        except (boto3.exceptions.Boto3Error, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as e:
+        except _RAISED as e:
             raise self._explain(e, what) from e
 
     def _explain(self, error: Exception, what: str) -> errors.JobError:
@@ -167,7 +181,9 @@ class S3:
             )
         if isinstance(cause, boto3.exceptions.Boto3Error):
             return errors.StoreError(f"{what}: {cause}")
-        return errors.PermanentError(f"{what}: {cause}. Check the URL and the AWS settings")
+        if isinstance(cause, _MISCONFIGURED):
+            return errors.PermanentError(f"{what}: {cause}. Check the URL and the AWS settings")
+        return errors.StoreError(f"{what}: {cause}")
 
     def _refused(self, error: botocore.exceptions.ClientError, what: str) -> errors.JobError:
         code, message = _code(error), error.response.get("Error", {}).get("Message", "")

@@ -43,8 +43,7 @@ class Progress(TrainerCallback):
         self._busy, self._begun, self._left, self._note = 0.0, 0.0, 0.0, ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        for entry in state.log_history:  # what earlier attempts logged
-            self._write(entry, int(entry["step"]))
+        self.replay(state)
         self._tokens, self._steps = int(state.num_input_tokens_seen), state.global_step
         self._show = self._bar.enter_context(log.progress("train", state.max_steps, sys.stderr))
 
@@ -74,6 +73,11 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
+
+    def replay(self, state: TrainerState) -> None:
+        """Write what earlier attempts logged, so that the files are those of the whole run."""
+        for entry in state.log_history:
+            self._write(entry, int(entry["step"]))
 
     def close(self) -> None:
         """Write out what is left."""

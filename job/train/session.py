@@ -11,7 +11,7 @@ import transformers
 from datasets import Dataset
 from trl import SFTConfig
 
-from job import checkpoint, config, errors, log, manifest, paths, storage
+from job import checkpoint, errors, log, manifest, paths, storage
 from job.config import Config
 from job.inputs import Task
 from job.model import lora, tokenizer, weights
@@ -31,13 +31,18 @@ def train(task: Task, notice: Notice) -> None:
     checkpoints = checkpoint.Checkpoints(store, task.attempt, task.inputs, task.config.checkpoint.keep, task.scratch)
     resumed = checkpoints.latest()
     shutil.rmtree(task.out, ignore_errors=True)
-    trainer = _trainer(task, checkpoints, resumed, notice)
-    _run(trainer, resumed, notice)
+    progress = Progress(task.out / "report")
+    trainer = _trainer(task, checkpoints, resumed, notice, progress)
+    _run(trainer, resumed, notice, progress)
     _write(task, trainer, checkpoints)
 
 
 def _trainer(
-    task: Task, checkpoints: checkpoint.Checkpoints, resumed: checkpoint.Found | None, notice: Notice
+    task: Task,
+    checkpoints: checkpoint.Checkpoints,
+    resumed: checkpoint.Found | None,
+    notice: Notice,
+    progress: Progress,
 ) -> Trainer:
     settings, evaluation = task.config, task.data / "eval.arrow"
     evaluates = evaluation.is_file()
@@ -55,7 +60,7 @@ def _trainer(
         callbacks=[
             Exact(settings.run.seed),
             Cadence(notice, settings.checkpoint, keep_best=keep_best),
-            Progress(task.out / "report"),
+            progress,
         ],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -117,10 +122,12 @@ def _state(found: checkpoint.Found) -> transformers.TrainerState:
     return state
 
 
-def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice) -> None:
+def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice, progress: Progress) -> None:
     if resumed and (state := _state(resumed)).global_step >= state.max_steps:
         log.event("train.over", f"all {state.max_steps} steps are done already", step=state.global_step)
         trainer.state = state
+        progress.replay(state)
+        progress.close()
         checkpoint.restore_adapter(resumed.path, trainer.model)
         return
     if resumed:
@@ -180,7 +187,6 @@ def _facts(task: Task, state: transformers.TrainerState, best: int | None) -> di
     return {
         "base": task.config.model.base,
         "inputs": dict(task.inputs),
-        "config": config.digest(task.config),
         "steps": state.global_step,
         "step_kept": kept,
         "epochs": state.epoch,
