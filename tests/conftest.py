@@ -149,7 +149,10 @@ def tiny_run(tmp_path: Path, tiny_model: Path, records: Callable[..., Path]) -> 
     """Write the config of a run of seconds and return its path; keyword arguments replace whole sections' keys."""
 
     def write(name: str = "run.yaml", **changes: dict[str, object]) -> Path:
-        rows = [{"instruction": q, "output": a} for q, a in QUESTIONS]
+        rows = [
+            {"instruction": q, "output": a, "id": i, "source": "made", "lang": "en"}
+            for i, (q, a) in enumerate(QUESTIONS)
+        ]
         tree: dict[str, dict[str, object]] = {
             "run": {"name": "tiny", "url": f"{tmp_path}/run", "cache": f"{tmp_path}/cache"},
             "model": {"base": str(tiny_model)},

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import filelock
@@ -187,23 +187,12 @@ def _all(work: Callable[[str, Advance], None], sizes: Mapping[str, int], title: 
                 done += count
                 show(done, "")
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool, _setting(stop):
-            for future in [pool.submit(work, name, advance) for name in sorted(sizes, key=lambda n: -sizes[n])]:
-                _raise_first(future.result)
-
-
-def _raise_first(result: Callable[[], None]) -> None:
-    with contextlib.suppress(_StoppedError):
-        result()
-
-
-@contextlib.contextmanager
-def _setting(stop: threading.Event) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        stop.set()
-        raise
+        with ThreadPoolExecutor(_AT_ONCE) as pool, contextlib.ExitStack() as leaving:
+            leaving.callback(pool.shutdown, wait=False, cancel_futures=True)
+            leaving.callback(stop.set)
+            largest_first = sorted(sizes, key=lambda name: -sizes[name])
+            for future in as_completed([pool.submit(work, name, advance) for name in largest_first]):
+                future.result()
 
 
 @contextlib.contextmanager
