@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,10 +124,23 @@ def _bar(title: str, total: float, stream: TextIO) -> Iterator[Callable[[float, 
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+    with Progress(*columns, console=Console(file=stream), transient=True) as bar, _above(stream):
         task = bar.add_task(title, total=total, note="")
 
         def show(done: float, note: str) -> None:
             bar.update(task, completed=done, note=note)
 
         yield show
+
+
+@contextlib.contextmanager
+def _above(stream: TextIO) -> Iterator[None]:
+    """Let the lines that go to `stream` pass through rich, which writes them above the bar and not into it."""
+    showing = [h for h in _LOGGER.handlers if isinstance(h, logging.StreamHandler) and h.stream is stream]
+    for handler in showing:
+        handler.setStream(sys.stderr)  # rich has put its own in place of it
+    try:
+        yield
+    finally:
+        for handler in showing:
+            handler.setStream(stream)

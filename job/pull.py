@@ -97,8 +97,9 @@ def artefact(store: storage.Store, place: str, cache: paths.Cache) -> Path:
 def _here(found: _Found, target: Path) -> tuple[Path, Manifest]:
     if isinstance(found.source, storage.Folder):
         return found.source.root, _recorded(found.source, found.entries, target.with_suffix(".json"))
-    if manifest.sealed(target):
-        log.event("pull.here", f"{found.source.url} is here already", url=found.source.url, path=str(target))
+    if there := manifest.sealed(target):
+        log.event("pull.here", f"{found.source.url} is here already", url=found.source.url, digest=there.digest)
+        return target, there
     whole = storage.pull(found.source, found.entries, target)
     log.event(
         "pull.done",

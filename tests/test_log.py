@@ -3,6 +3,9 @@
 import io
 import json
 import logging
+import os
+import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -78,6 +81,33 @@ def test_what_libraries_say_goes_to_the_file_only(stream: io.StringIO, tmp_path:
 def test_sizes_are_readable(count: float, text: str) -> None:
     """Decimal units, as clouds bill them."""
     assert log.size(count) == text
+
+
+def test_on_a_terminal_lines_stand_above_the_bar(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar moves, and an event in between is a line of its own."""
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        log.to_people(terminal)
+        with log.progress("train", 10, terminal) as show:
+            show(4, "loss 1.0")
+            time.sleep(0.3)  # the bar moves ten times a second
+            log.event("checkpoint.saved", "checkpoint sealed")
+            show(10, "loss 0.5")
+        log.event("run.done", "done")
+        terminal.flush()
+        seen = b""
+        while b" done\r\n" not in seen:
+            seen += os.read(reader, 4096)
+    os.close(reader)
+
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    lines = re.split(r"[\r\n]+", plain)
+    assert any(re.fullmatch(r"[0-9:]{8} checkpoint sealed *", line) for line in lines)
+    assert any("train" in line and "40%" in line and "loss 1.0" in line for line in lines), lines
+    assert re.fullmatch(r"[0-9:]{8} done", lines[-2])
+    assert stream.getvalue() == ""
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(
