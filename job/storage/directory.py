@@ -167,6 +167,9 @@ def _finish(partial: Path, target: Path, whole: Manifest) -> Manifest:
     wanted = {*whole.files}
     for path in [p for p in partial.rglob("*") if p.is_file() and p.relative_to(partial).as_posix() not in wanted]:
         path.unlink()  # the journal, and files that the source no longer has
+    for folder in sorted((p for p in partial.rglob("*") if p.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
     (partial / manifest.NAME).write_bytes(whole.to_json())
     shutil.rmtree(target, ignore_errors=True)  # an earlier, damaged one: it was not sealed
     partial.rename(target)
