@@ -158,11 +158,16 @@ def worker(task: Path, parent: int, as_json: bool, debug: bool) -> None:  # noqa
 
         train.train(told, notice)
 
-    _conclude(job, as_json=as_json, debug=debug)
+    _conclude(job, as_json=as_json, debug=debug, alone=False)
 
 
-def _conclude(job: Callable[[preemption.Notice, ExitStack], None], *, as_json: bool, debug: bool) -> None:
-    """Run `job` and end the process with the status that its outcome stands for."""
+def _conclude(
+    job: Callable[[preemption.Notice, ExitStack], None], *, as_json: bool, debug: bool, alone: bool = True
+) -> None:
+    """Run `job` and end the process with the status that its outcome stands for.
+
+    A process that is not `alone` leaves it to the one that started it to say that the job was stopped.
+    """
     log.to_people(sys.stderr, as_json=as_json)
     notice = preemption.Notice()
     notice.listen()
@@ -174,8 +179,9 @@ def _conclude(job: Callable[[preemption.Notice, ExitStack], None], *, as_json: b
         except (Exception, errors.Preempted) as e:  # noqa: BLE001 - the one place where errors become statuses
             notice.conclude()
             status, message = _explain(e)
-            say = log.warn if status == errors.AGAIN else log.error
-            say("run.end", message, status=status, traceback=traceback.format_exc())
+            if alone or status != errors.AGAIN:
+                say = log.warn if status == errors.AGAIN else log.error
+                say("run.end", message, status=status, traceback=traceback.format_exc())
             if debug:
                 traceback.print_exc()
     sys.exit(status)

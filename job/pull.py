@@ -34,6 +34,11 @@ class _Found:
     entries: Sequence[storage.Entry]
 
     @property
+    def name(self) -> str:
+        """The source's URL, or that of its only file."""
+        return f"{self.source.url}/{self.entries[0].key}" if len(self.entries) == 1 else self.source.url
+
+    @property
     def size(self) -> int:
         return sum(entry.size for entry in self.entries)
 
@@ -96,33 +101,33 @@ def artefact(store: storage.Store, place: str, cache: paths.Cache) -> Path:
 
 def _here(found: _Found, target: Path) -> tuple[Path, Manifest]:
     if isinstance(found.source, storage.Folder):
-        return found.source.root, _recorded(found.source, found.entries, target.with_suffix(".json"))
+        return found.source.root, _recorded(found.source, found, target.with_suffix(".json"))
     if there := manifest.sealed(target):
-        log.event("pull.here", f"{found.source.url} is here already", url=found.source.url, digest=there.digest)
+        log.event("pull.here", f"{found.name} is here already", url=found.name, digest=there.digest)
         return target, there
     whole = storage.pull(found.source, found.entries, target)
     log.event(
         "pull.done",
-        f"{found.source.url}: {len(whole.files)} file(s), {log.size(whole.size)}, verified",
-        url=found.source.url,
+        f"{found.name}: {len(whole.files)} file(s), {log.size(whole.size)}, verified",
+        url=found.name,
         digest=whole.digest,
     )
     return target, whole
 
 
-def _recorded(folder: storage.Folder, entries: Sequence[storage.Entry], record: Path) -> Manifest:
+def _recorded(folder: storage.Folder, found: _Found, record: Path) -> Manifest:
     """Hash files that are used in place, once: the record's name changes when a size or a time does."""
     with contextlib.suppress(FileNotFoundError, errors.DamagedError):
         return manifest.parse(record.read_bytes(), str(record))
-    files = {e.key: manifest.File(size=e.size, sha256=manifest.sha256(folder.path(e))) for e in entries}
+    files = {e.key: manifest.File(size=e.size, sha256=manifest.sha256(folder.path(e))) for e in found.entries}
     record.parent.mkdir(parents=True, exist_ok=True)
     temporary = record.with_suffix(f".{os.getpid()}.part")
     temporary.write_bytes(Manifest(files).to_json())
     temporary.rename(record)
     log.event(
         "pull.in_place",
-        f"{folder.url}: using {len(files)} file(s) where they lie",
-        url=folder.url,
+        f"{found.name}: {len(files)} file(s), {log.size(found.size)}, used in place",
+        url=found.name,
         digest=Manifest(files).digest,
     )
     return Manifest(files)
