@@ -21,7 +21,6 @@ from job import errors, log, preemption
 
 if TYPE_CHECKING:
     from job.config import Config
-    from job.inputs import Base, Prepared, Task
     from job.paths import Cache
 
 _PROJECT = "finetune-job"
@@ -56,7 +55,7 @@ def story(
         data = prepare.dataset(
             config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache
         )
-        made = launch.training(worker, _task(config, attempt, base, data, cache), environ, notice)
+        made = launch.training(worker, launch.task(config, attempt, base, data, cache), environ, notice)
         publish.directory(store, made / "report", paths.REPORT)
         publish.directory(store, made / "adapter", paths.ADAPTER)
     adapter = pull.artefact(store, paths.ADAPTER, cache)
@@ -233,15 +232,6 @@ def _log_to(cache: "Cache") -> Path:
 def _worker_command(*, as_json: bool) -> list[str]:
     form = ["--json"] if as_json else []
     return [sys.executable, str(Path(__file__).resolve()), "worker", "--parent", str(os.getpid()), *form]
-
-
-def _task(config: "Config", attempt: int, base: "Base", data: "Prepared", cache: "Cache") -> "Task":
-    from job import config as configs
-    from job import inputs, paths
-
-    digests = {"base": base.digest, "data": data.digest, "config": configs.digest(config)}
-    out = cache.work(f"trained-{paths.digest(json.dumps(digests))}")
-    return inputs.Task(config, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), digests)
 
 
 def _say_done(how: str, config: "Config", record: Mapping[str, Any]) -> None:

@@ -1,33 +1,41 @@
 """Start training as a process of its own and see it to its end, whatever ends it."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from job import cluster, errors, log, manifest
+from job import cluster, config, errors, log, manifest, paths
 from job.config import Config
-from job.inputs import Task
+from job.inputs import Base, Prepared, Task
 from job.preemption import Notice
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def training(command: Sequence[str], task: Task, environ: Mapping[str, str], notice: Notice) -> Path:
-    """Run `command` on `task`, pass a request to stop on to it, and wait until it has saved and gone.
+def task(settings: Config, attempt: int, base: Base, data: Prepared, cache: paths.Cache) -> Task:
+    """What the training process is told; the place of its result is that of these inputs and no others."""
+    digests = {"base": base.digest, "data": data.digest, "config": config.digest(settings)}
+    out = cache.work(f"trained-{paths.digest(json.dumps(digests))}")
+    return Task(settings, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), digests)
+
+
+def training(command: Sequence[str], given: Task, environ: Mapping[str, str], notice: Notice) -> Path:
+    """Run `command` on the task `given`, pass a request to stop on to it, and wait until it has saved and gone.
 
     Returns the sealed folder of the result. Raises `errors.Preempted` when it stopped on request, and
     `errors.WorkerError` with its status when it failed.
     """
-    if manifest.sealed(task.out):
+    if manifest.sealed(given.out):
         log.event("launch.over", "trained already, on this machine")
-        return task.out
-    told = task.scratch / "task.json"
+        return given.out
+    told = given.scratch / "task.json"
     told.parent.mkdir(parents=True, exist_ok=True)
-    told.write_text(task.to_json(), encoding="utf-8")
+    told.write_text(given.to_json(), encoding="utf-8")
     with notice.deferred():
         with subprocess.Popen([*command, str(told)], env=_one_device(environ, cluster.gpus(environ))) as process:  # noqa: S603 - our own command line
             status = _wait(process, notice)
@@ -39,12 +47,12 @@ def training(command: Sequence[str], task: Task, environ: Mapping[str, str], not
         raise errors.WorkerError(f"training was killed by {name}{why}", errors.FAILED)
     if status:
         raise errors.WorkerError(f"training ended with status {status}; its own message is above", status)
-    return task.out
+    return given.out
 
 
-def check(config: Config) -> None:
-    """Raise `errors.ConfigError` if `config` asks for more processes than this version can start."""
-    wanted = config.distributed
+def check(settings: Config) -> None:
+    """Raise `errors.ConfigError` if `settings` ask for more processes than this version can start."""
+    wanted = settings.distributed
     if wanted.strategy not in ("auto", "ddp") or wanted.processes_per_node not in ("auto", 1):
         raise errors.ConfigError(
             f"distributed: strategy {wanted.strategy} with processes_per_node {wanted.processes_per_node} is valid, "

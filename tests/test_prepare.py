@@ -1,6 +1,8 @@
 """From data files to tokens and labels: what is read, what is trained, what is refused and how it is told."""
 
 import gzip
+import importlib.resources
+import itertools
 import json
 import os
 import re
@@ -14,9 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, TEMPLATE, files
 from datasets import Dataset
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
 
 from job import config, errors, inputs, manifest, paths, prepare
 from job.model import tokenizer
+from job.model.tokenizer import IGNORED
 from job.prepare import formats, tokens
 
 PAIR = {"instruction": "What is 1 and 2?", "output": "It is 3."}
@@ -384,6 +389,8 @@ TEMPLATES = {
     "trimmed": (TEMPLATE.replace(CONTENT, "{{ m['content'] | trim }}"), "assistant\n⟦It is 3.<|im_end|>⟧\n"),
     # Like Llama-2's: no header before the answer, the end of turn after a blank.
     "bare": ("{% for m in messages %}" + BARE + "{% endfor %}", "[/INST]⟦ It is 3. <|im_end|>⟧"),
+    # Like Cohere2's: another mark stands before the one that ends generation.
+    "marked": (TEMPLATE.replace(CONTENT, CONTENT + "<|endoftext|>"), "⟦It is 3.<|endoftext|><|im_end|>⟧\n"),
     # Ends nothing at all: the end is added.
     "endless": ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", ":⟦ It is 3.<|im_end|>⟧"),
 }
@@ -406,6 +413,56 @@ def test_the_trained_part_is_found_with_any_template(name: str, tiny_model: Path
     text = tokens.marked(words, row)
     assert text.endswith(expected)
     assert text.count("⟦") == 1
+
+
+KNOWN = (
+    "llama3",
+    "cohere",
+    "glm4moe",
+    "gemma",
+    "gemma3",
+    "lfm2",
+    "qwen2_5",
+    "qwen3",
+    "qwen3_instruct_2507",
+    "qwen3_vl",
+)
+HEADERS = (
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<start_of_turn>",
+    "<|assistant|>",
+    "<|user|>",
+    "<|START_OF_TURN_TOKEN|>",
+)
+MARKS = (*HEADERS, "<|eot_id|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>")
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_trained_part_is_that_of_the_templates_that_trl_marked_by_hand(family: str, tiny_model: Path) -> None:
+    """For real families, over several turns; but the line break after the end of turn, which nobody generates."""
+    words = tokenizer.load(tiny_model)
+    words.add_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    path = Path(str(importlib.resources.files("trl"))) / "chat_templates" / f"{family}_training.jinja"
+    words.chat_template = path.read_text(encoding="utf-8")
+    turns = [("user", "1 and 2?"), ("assistant", "It is 3."), ("user", "And 4?"), ("assistant", "It is 7.")]
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+
+    (row,) = tokens.Renderer(words, 4096, answers_only=True).rows([formats.Example(messages=messages)])
+
+    marked = words.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
+    theirs = [
+        token if on else IGNORED for token, on in zip(marked["input_ids"], marked["assistant_masks"], strict=True)
+    ]
+    assert isinstance(row, tokens.Row)
+    assert row.input_ids == marked["input_ids"]
+    assert spans(words, row.labels) == spans(words, theirs)
+
+
+def spans(words: PreTrainedTokenizerBase, labels: list[int]) -> list[str]:
+    """The trained texts, without white space around them."""
+    groups = itertools.groupby(labels, key=lambda label: label != IGNORED)
+    return [words.decode(list(group)).strip() for trained, group in groups if trained]
 
 
 def test_what_the_template_makes_of_an_answer_is_trained(tiny_model: Path) -> None:

@@ -37,12 +37,7 @@ class Renderer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, answers_only: bool) -> None:
         self._tokenizer, self._max_length, self._answers_only = tokenizer, max_length, answers_only
         self.eos_added = 0  # conversations whose template does not end the last answer
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | {
-            str(tokenizer.eos_token)
-        }
-        self._end_of_turn = re.compile(
-            r"\s*(?:" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")"
-        )
+        self._end_of_turn = _end_of_turn(tokenizer)
         self._opening = self._generation_prompt() if tokenizer.chat_template else ""
 
     def rows(self, examples: Sequence[Example]) -> Iterator[Row | BadRecordError]:
@@ -147,6 +142,15 @@ def marked(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
     parts = groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     texts = ((trained, str(tokenizer.decode([token for token, _ in group]))) for trained, group in parts)
     return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """What ends an answer: special tokens up to the one that ends generation if it follows at once, else the first."""
+    eos = re.escape(str(tokenizer.eos_token))
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted({eos, *map(re.escape, special)}, key=len, reverse=True)
+    any_special = f"(?:{'|'.join(longest_first)})"
+    return re.compile(rf"\s*(?:{any_special}*?{eos}|{any_special})")
 
 
 def _overlaps(place: tuple[int, int], spans: Spans) -> bool:
