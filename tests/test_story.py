@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, S3, command, files
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
@@ -107,6 +110,29 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     assert end.returncode == 0, end.stderr
     assert same_results(tmp_path / "broken", tmp_path / "whole")
     assert not [p for p in files(tmp_path / "broken") if ".part" in p]
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_cost_nothing(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
+    """Ten starts that end after some seconds by SIGKILL or SIGTERM, wherever that is, then one that ends by itself."""
+    whole = tiny_run("whole.yaml", train=LONG, run={"url": f"{tmp_path}/whole"})
+    assert job("run", whole).returncode == 0
+    broken = tiny_run("broken.yaml", train=LONG, run={"url": f"{tmp_path}/broken"})
+    seed = time.time_ns()
+    print(f"seed {seed}")  # noqa: T201 - shown when the test fails
+    draw = random.Random(seed)  # noqa: S311 - no secret
+
+    for _ in range(10):
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        with subprocess.Popen(command("run", broken), cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            time.sleep(draw.uniform(0.5, 20))
+            process.send_signal(number)
+        assert process.returncode in (0, 75, -signal.SIGKILL)
+    end = job("run", broken)
+
+    assert end.returncode == 0, end.stderr
+    assert same_results(tmp_path / "broken", tmp_path / "whole")
+    assert not [p for p in files(tmp_path / "broken") if ".part" in p and not p.startswith(".store/")]
 
 
 def same_results(one: Path, other: Path) -> bool:
