@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,6 +168,8 @@ def test_a_pull_goes_on_with_what_is_verified(store: storage.Store, directory: P
     class Breaking(Damaging):
         def download(self, entry: storage.Entry, target: Path, advance: storage.Advance) -> storage.Seen:
             if entry != large:
+                while not (tmp_path / "back.partial" / "sub" / "large").exists():
+                    time.sleep(0.01)
                 raise errors.DeniedError("the credentials were taken away")
             return super().download(entry, target, advance)
 

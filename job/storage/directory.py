@@ -144,23 +144,32 @@ class _Journal:
 def _verified(source: Source, entry: Entry, path: Path, expected: File | None, advance: Advance) -> Seen:
     temporary = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, _TRIES + 1):
+    try:
+        seen = _delivered(source, entry, temporary, expected, advance)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return seen
+
+
+def _delivered(source: Source, entry: Entry, path: Path, expected: File | None, advance: Advance) -> Seen:
+    """Download until what arrives is what was promised, a few times at most."""
+    attempt = 1
+    while True:
         try:
-            seen = source.download(entry, temporary, advance)
-            if expected and (seen.sha256, entry.size) != (expected.sha256, expected.size):
-                raise errors.DamagedError(
-                    f"{source.url}/{entry.key}: SHA-256 is {seen.sha256}, its manifest says {expected.sha256}"
-                )
-            break
+            seen = source.download(entry, path, advance)
+            if expected is None or (seen.sha256, entry.size) == (expected.sha256, expected.size):
+                return seen
+            raise errors.DamagedError(
+                f"{source.url}/{entry.key}: SHA-256 is {seen.sha256}, its manifest says {expected.sha256}"
+            )
         except errors.StoreError as e:
-            temporary.unlink(missing_ok=True)
             if attempt == _TRIES:
                 raise
             log.warn("pull.again", f"{e}; fetching it again", key=entry.key, attempt=attempt)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    return seen
+            attempt += 1
 
 
 def _finish(partial: Path, target: Path, whole: Manifest) -> Manifest:
