@@ -44,7 +44,8 @@ def story(
         _say_done("this run is done already", config, record)
         return
     trained = all(storage.sealed(store, place) for place in (paths.REPORT, paths.ADAPTER))
-    pull.preflight(config, cache, trained=trained)
+    store = storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
+    pull.preflight(config, cache, after, trained=trained)
     attempt = lease.begin(store, config)
     after.callback(publish.attempt, store, _log_to(cache), attempt)
     log.event("run.start", f"run {config.run.name}, attempt {attempt}, in {store.url}", attempt=attempt)
@@ -53,7 +54,7 @@ def story(
         from job import prepare
 
         data = prepare.dataset(
-            config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache
+            config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache, after
         )
         made = launch.training(worker, launch.task(config, attempt, base, data, cache), environ, notice)
         publish.directory(store, made / "report", paths.REPORT)
@@ -210,9 +211,9 @@ def _reach(config: "Config") -> None:
 
     store = storage.connect(config.run.url)
     lease.agree(store, config)
-    store.put(paths.PROBE, b"may I write here?\n")
-    store.delete(paths.PROBE)
-    pull.preflight(config, _cache(config, os.environ))
+    storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
+    with ExitStack() as keep:
+        pull.preflight(config, _cache(config, os.environ), keep)
 
 
 def _cache(config: "Config", environ: Mapping[str, str]) -> "Cache":

@@ -34,11 +34,19 @@ class ModelError(PermanentError):
 
 
 class StoreError(JobError):
-    """The store failed in a way that may pass: timeouts, resets, overload, a damaged transfer."""
+    """The store failed in a way that may pass: timeouts, resets, overload, a damaged transfer. Worth another try."""
+
+
+class ExpiredError(StoreError):
+    """The credentials were good and are not any more; there may be new ones where they came from."""
 
 
 class DamagedError(StoreError):
     """What arrived is not what was stored: a wrong size or checksum."""
+
+
+class UnsupportedError(PermanentError):
+    """The store cannot do what was asked of it, however often it is asked."""
 
 
 class NotFoundError(PermanentError):
@@ -49,7 +57,11 @@ class DeniedError(PermanentError):
     """The store refused the credentials, or what they ask for. Never read as "not there"."""
 
 
-class ConflictError(StoreError):
+class ChangedError(JobError):
+    """What is being read was overwritten meanwhile: a new start reads the new version from its beginning."""
+
+
+class ConflictError(JobError):
     """A conditional write lost: the key exists already, or somebody else changed it first."""
 
 

@@ -79,13 +79,18 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def of(directory: Path) -> Manifest:
-    """Describe every file below `directory`, except a manifest that is there already."""
+def files(directory: Path) -> dict[str, Path]:
+    """Every file below `directory` by its name in a manifest, except a manifest that is there already."""
     paths = sorted(p for p in directory.rglob("*") if p.is_file())
     names = {p.relative_to(directory).as_posix(): p for p in paths}
     for own in (NAME, _TEMPORARY):
         names.pop(own, None)
-    return Manifest({name: File(size=p.stat().st_size, sha256=sha256(p)) for name, p in names.items()})
+    return names
+
+
+def of(directory: Path) -> Manifest:
+    """Describe every file below `directory`, except a manifest that is there already."""
+    return Manifest({name: File(size=p.stat().st_size, sha256=sha256(p)) for name, p in files(directory).items()})
 
 
 def seal(directory: Path) -> Manifest:

@@ -11,7 +11,7 @@ MERGED = "merged/"
 REPORT = "report/"
 CHECKPOINTS = "checkpoints/"
 ATTEMPTS = "attempts/"
-PROBE = ".probe"
+PROBE = ".probe/"
 TRAINING = "training.json"  # beside the adapter: what it was trained on, and how it went
 
 
@@ -48,6 +48,10 @@ class Cache:
     def prepared(self, fingerprint: str) -> Path:
         """Tokenized data, shared by all runs that prepare the same files in the same way."""
         return self.root / "prepared" / fingerprint
+
+    def shelves(self) -> list[Path]:
+        """Where the directories lie that may be evicted when nobody uses them."""
+        return [self.root / name for name in ("models", "data", "prepared", "runs")]
 
     def log(self) -> Path:
         """What the attempt under way has logged."""

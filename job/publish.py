@@ -36,6 +36,9 @@ def done(store: Store, settings: Config, facts: Mapping[str, Any], number: int) 
         "attempt": number,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    for left in store.list(paths.PROBE):  # by starts that were killed at the wrong moment
+        store.delete(left.key)
+    store.sweep("")
     store.put(paths.DONE, json.dumps(record, indent=1).encode())
     return record
 

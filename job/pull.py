@@ -7,8 +7,8 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,7 +23,6 @@ _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
 _SHOWN = 8  # names in one line
-_FREE = 1 << 30  # bytes that must stay free on the cache's disk
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,25 @@ class _Found:
         return paths.digest(json.dumps([self.source.url, listing]))
 
 
-def preflight(config: Config, cache: paths.Cache, *, trained: bool = False) -> None:
+def preflight(config: Config, cache: paths.Cache, keep: ExitStack, *, trained: bool = False) -> None:
     """Look at everything that the run will read, without reading it: it is there, usable, and there is room.
 
-    The data are not needed any more when the run is `trained`.
+    The data are not needed any more when the run is `trained`. What the run uses of the cache is not evicted until
+    `keep` is closed; what nobody uses is, where room is short.
 
     Raises the error that the run would end with later.
     """
     urls = () if trained else (*config.data.train, *config.data.eval)
     found = [_base(config), *(_data(url) for url in urls)]
-    pulled = sum(f.size for f in found if not isinstance(f.source, storage.Folder) and not _present(f, cache))
-    needed = pulled + (found[0].size if config.merge.enabled else 0) + _FREE
-    cache.root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache.root).free
-    if needed > free:
-        raise errors.DiskFullError(
-            f"{cache.root}: {log.size(free)} are free, the run needs {log.size(needed)}: {log.size(pulled)} to pull, "
-            f"the merged model, and {log.size(_FREE)} besides; free space, or set run.cache to a larger disk"
-        )
+    keep.enter_context(storage.used(cache.work("")))
+    places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
+    pulled = 0
+    for each, place in zip(found, places, strict=True):
+        keep.enter_context(storage.used(place))
+        if not isinstance(each.source, storage.Folder) and not manifest.sealed(place):
+            pulled += max(0, each.size - storage.on_disk(place))
+    needed = pulled + (found[0].size if config.merge.enabled else 0)
+    storage.make_room(cache.shelves(), needed, config.run.cache_limit)
     log.event(
         "preflight",
         f"found the base model ({log.size(found[0].size)}) and the data ({log.size(sum(f.size for f in found[1:]))})",
@@ -102,7 +102,7 @@ def artefact(store: storage.Store, place: str, cache: paths.Cache) -> Path:
 def _here(found: _Found, target: Path) -> tuple[Path, Manifest]:
     if isinstance(found.source, storage.Folder):
         return found.source.root, _recorded(found.source, found, target.with_suffix(".json"))
-    if there := manifest.sealed(target):
+    if there := storage.here(target):
         log.event("pull.here", f"{found.name} is here already", url=found.name, digest=there.digest)
         return target, there
     whole = storage.pull(found.source, found.entries, target)
@@ -131,10 +131,6 @@ def _recorded(folder: storage.Folder, found: _Found, record: Path) -> Manifest:
         digest=Manifest(files).digest,
     )
     return Manifest(files)
-
-
-def _present(found: _Found, cache: paths.Cache) -> bool:
-    return any(manifest.sealed(place(found.fingerprint)) for place in (cache.base, cache.data))
 
 
 def _base(config: Config) -> _Found:

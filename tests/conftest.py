@@ -17,6 +17,8 @@ import yaml
 from botocore.client import BaseClient
 from botocore.exceptions import BotoCoreError, ClientError
 
+from job.storage import patience
+
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -85,6 +87,12 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     for name, value in s3_server.environ.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little patience with a store in this process, so that a test of what it cannot survive ends soon."""
+    monkeypatch.setattr(patience, "USUAL", patience.Patience(tries=3, first=0.01))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,7 +42,8 @@ def prepared(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
         settings = config.check(tree, config.Places("test", {}))
         base = inputs.Base("file:///nowhere", tiny_model, "digest")
         splits = [[inputs.DataFile(p.as_uri(), p, manifest.sha256(p)) for p in split] for split in (train, evaluation)]
-        return prepare.dataset(settings, base, *splits, paths.Cache(tmp_path / "cache", "run")).path
+        with ExitStack() as keep:
+            return prepare.dataset(settings, base, *splits, paths.Cache(tmp_path / "cache", "run"), keep).path
 
     return run
 
@@ -337,11 +339,11 @@ def test_the_digest_is_that_of_the_tokens(tmp_path: Path, tiny_model: Path, reco
     rows = [PAIR | {"id": 1, "source": "x", "topic": "y", "lang": "en"}]
     paths_ = [records("one.jsonl", rows), records("two.jsonl", rows)]
     program = (
-        "import sys; from pathlib import Path; from job import config, inputs, paths, prepare;"
+        "import contextlib, sys; from pathlib import Path; from job import config, inputs, paths, prepare;"
         "tree = {'run': {'name': 't', 'url': 'file:///run'}, 'model': {'base': 'file:///b'}, 'data': {'train': ['file:///x']}};"
         "path = Path(sys.argv[2]); made = prepare.dataset(config.check(tree, config.Places('t', {})),"
         "inputs.Base('b', Path(sys.argv[1]), 'd'), [inputs.DataFile(path.as_uri(), path, 'sha')], [], "
-        "paths.Cache(Path(sys.argv[3]), 'r'));"
+        "paths.Cache(Path(sys.argv[3]), 'r'), contextlib.ExitStack());"
         "print(made.digest)"
     )
 

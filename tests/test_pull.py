@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,8 @@ def test_an_unusable_base_is_refused_before_anything_is_read(
     """No weights, weights of another kind, half an upload, no tokenizer, no config, nothing."""
     spoil(base)
 
-    with pytest.raises(errors.PermanentError) as caught:
-        pull.preflight(settings, cache)
+    with pytest.raises(errors.PermanentError) as caught, ExitStack() as keep:
+        pull.preflight(settings, cache, keep)
 
     assert told in str(caught.value)
     assert base.as_uri() in str(caught.value)
@@ -67,8 +68,8 @@ def test_data_that_are_not_there_are_named(
     (base / "config.txt").write_text("x")
     settings = config.read(tiny_run(model={"base": str(base)}, data={"train": [f"{tmp_path}/{d}" for d in data]}))
 
-    with pytest.raises(errors.PermanentError, match=told):
-        pull.preflight(settings, cache)
+    with pytest.raises(errors.PermanentError, match=told), ExitStack() as keep:
+        pull.preflight(settings, cache, keep)
 
 
 def test_a_disk_that_is_too_small_is_said_at_once(
@@ -77,8 +78,9 @@ def test_a_disk_that_is_too_small_is_said_at_once(
     """With what is free, what is needed, and the key that names another disk."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 5 << 20))
 
-    with pytest.raises(errors.DiskFullError, match=r"5.2 MB are free, the run needs 1.1 GB.*set run.cache"):
-        pull.preflight(settings, cache)
+    needed = r"5.2 MB are free, the run needs 1.1 GB.*set run.cache"
+    with pytest.raises(errors.DiskFullError, match=needed), ExitStack() as keep:
+        pull.preflight(settings, cache, keep)
 
 
 def test_local_files_are_used_where_they_lie(settings: config.Config, base: Path, cache: paths.Cache) -> None:

@@ -3,15 +3,16 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import files
+from boto3.s3.transfer import TransferConfig
+from conftest import S3, files
 
 from job import errors, manifest, storage
-
-Made = Callable[[], storage.Store]
+from job.storage import checksum, incoming
+from job.storage.journal import Journal, Part
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -32,41 +33,58 @@ def directory(tmp_path: Path) -> Path:
 
 
 class Fragile:
-    """A store that fails at the n-th upload, as a killed process would."""
+    """A store that fails for good at the n-th upload, as it does for a killed process; it counts the uploads."""
 
-    def __init__(self, store: storage.Store, survives: int) -> None:
-        self._store, self._left = store, survives
+    def __init__(self, store: storage.Store, survives: int = 99) -> None:
+        self._store, self._left, self.uploads = store, survives, 0
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._store, name)
 
-    def upload(self, path: Path, key: str, advance: storage.Advance) -> None:
-        if not self._left:
-            raise errors.StoreError("the network is gone")
-        self._left -= 1
-        self._store.upload(path, key, advance)
+    def upload(self, key: str, size: int) -> object:
+        if self.uploads == self._left:
+            raise errors.DeniedError("the credentials were taken away")
+        self.uploads += 1
+        return self._store.upload(key, size)
 
 
-class Damaging:
-    """A source that flips a byte of what it delivers, as often as told."""
+class Counting:
+    """A source that counts the bytes that are asked for, and flips one in the middle of a file as often as told."""
 
-    def __init__(self, store: storage.Store, times: int) -> None:
-        self._store, self._left, self.downloads = store, times, 0
-        self.url = store.url
+    def __init__(self, store: storage.Store, flips: int = 0) -> None:
+        self._store, self._flips, self.url = store, flips, store.url
+        self.asked: list[tuple[str, int, int]] = []
 
-    def list(self, prefix: str = "") -> list[storage.Entry]:
-        return self._store.list(prefix)
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
 
-    def download(self, entry: storage.Entry, target: Path, advance: storage.Advance) -> storage.Seen:
-        self.downloads += 1
-        seen = self._store.download(entry, target, advance)
-        if self._left:
-            self._left -= 1
-            data = bytearray(target.read_bytes())
-            data[len(data) // 2] ^= 1
-            target.write_bytes(data)
-            return storage.Seen(manifest.sha256(target), seen.verified_by)
-        return seen
+    def stream(self, entry: storage.Entry, start: int, stop: int) -> Iterator[bytes | memoryview]:
+        self.asked.append((entry.key, start, stop))
+        for block in self._store.stream(entry, start, stop):
+            if self._flips:
+                self._flips -= 1
+                yield bytes([block[0] ^ 1]) + bytes(block[1:])
+            else:
+                yield block
+
+
+def until(journal: Path, lines: int) -> None:
+    """Wait until the journal has so many lines."""
+    while not journal.exists() or len(journal.read_text().splitlines()) < lines:
+        time.sleep(0.01)
+
+
+def entries_of(store: storage.Store, prefix: str) -> list[storage.Entry]:
+    return [e for e in store.list(prefix) if not e.key.endswith("manifest.json")]
+
+
+def write(store: storage.Store, key: str, path: Path) -> None:
+    """Put a file there as another tool would: without a manifest."""
+    upload, size = store.upload(key, path.stat().st_size), store.part_size(path.stat().st_size)
+    data = path.read_bytes()
+    for number in range(max(1, -(-len(data) // size))):
+        upload.send(number, data[number * size : (number + 1) * size], lambda: None)
+    upload.finish()
 
 
 def test_a_pushed_directory_comes_back_whole(store: storage.Store, directory: Path, tmp_path: Path) -> None:
@@ -85,12 +103,13 @@ def test_nothing_looks_complete_before_everything_is_there(
     store: storage.Store, directory: Path, tmp_path: Path
 ) -> None:
     """A push that breaks off leaves no manifest, and so nothing that anybody believes."""
-    with pytest.raises(errors.StoreError, match="the network is gone"):
+    with pytest.raises(errors.DeniedError, match="taken away"):
         storage.push(Fragile(store, survives=1), directory, "merged/")  # type: ignore[arg-type]
 
     assert storage.sealed(store, "merged/") is None
     assert storage.fetch(store, "merged/", tmp_path / "back") is None
     assert not (tmp_path / "back").exists()
+    assert not [name for name in files(tmp_path) if name.endswith(".part")]
 
 
 def test_replacing_a_directory_never_shows_a_mixture(store: storage.Store, directory: Path) -> None:
@@ -99,7 +118,7 @@ def test_replacing_a_directory_never_shows_a_mixture(store: storage.Store, direc
     (directory / "small").write_bytes(b"other")
     (directory / "sub" / "large").rename(directory / "renamed")
 
-    with pytest.raises(errors.StoreError):
+    with pytest.raises(errors.DeniedError):
         storage.push(Fragile(store, survives=1), directory, "merged/")  # type: ignore[arg-type]
     assert storage.sealed(store, "merged/") is None
     storage.push(store, directory, "merged/")
@@ -112,6 +131,56 @@ def test_pushing_the_same_again_sends_nothing(store: storage.Store, directory: P
     first = storage.push(store, directory, "merged/")
 
     assert storage.push(Fragile(store, survives=0), directory, "merged/") == first  # type: ignore[arg-type]
+
+
+def test_of_a_changed_directory_only_the_changed_file_is_sent(store: storage.Store, directory: Path) -> None:
+    """A file of the same size and other content is found by its digest."""
+    storage.push(store, directory, "merged/")
+    (directory / "small").write_bytes(b"jello")
+
+    counted = Fragile(store)
+    whole = storage.push(counted, directory, "merged/")  # type: ignore[arg-type]
+
+    assert counted.uploads == 1
+    assert whole == manifest.of(directory) == storage.sealed(store, "merged/")
+
+
+def test_after_a_killed_push_only_what_is_missing_is_sent(bucket: str, directory: Path) -> None:
+    """Without a manifest, what is there is compared by the checksum that S3 keeps; a stale file does not count."""
+    store = storage.connect(f"s3://{bucket}/run")
+    write(store, "merged/sub/large", directory / "sub" / "large")
+    store.put("merged/small", b"jello")
+
+    counted = Fragile(store)
+    storage.push(counted, directory, "merged/")  # type: ignore[arg-type]
+
+    assert counted.uploads == 1
+    blob = store.read("merged/small")
+    assert blob
+    assert blob.data == b"hello"
+
+
+def test_the_parts_of_a_killed_upload_are_not_sent_again(s3: S3, bucket: str, directory: Path) -> None:
+    """They are compared by their checksum; one that differs is sent, and nothing unfinished stays."""
+    store, large = storage.connect(f"s3://{bucket}/run"), directory / "sub" / "large"
+    size = store.part_size(large.stat().st_size)
+    killed = store.upload("merged/sub/large", large.stat().st_size)
+    killed.send(0, large.read_bytes()[:size], lambda: None)
+    killed.send(1, b"stale" * 100, lambda: None)
+    sent: list[int] = []
+    s3_upload_part = type(killed)._write
+
+    def count(self: object, number: int, *rest: object) -> str:
+        sent.append(number)
+        return s3_upload_part(self, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(killed), "_write", count)
+        storage.push(store, directory, "merged/")
+
+    assert sent == [1]
+    assert storage.sealed(store, "merged/") == manifest.of(directory)
+    assert "Uploads" not in s3.client().list_multipart_uploads(Bucket=bucket)
 
 
 @pytest.mark.parametrize("missing", ["small", "manifest.json"])
@@ -136,13 +205,12 @@ def test_removing_leaves_nothing(store: storage.Store, directory: Path) -> None:
 def test_a_damaged_transfer_is_fetched_again(store: storage.Store, directory: Path, tmp_path: Path) -> None:
     """A flipped byte is noticed by our SHA-256, and a second try may succeed."""
     sent = storage.push(store, directory, "merged/")
-    source = Damaging(store, times=1)
-    entries = [e for e in store.list("merged/") if not e.key.endswith("manifest.json")]
+    source = Counting(store, flips=1)
 
-    got = storage.pull(source, entries, tmp_path / "back", below="merged/", expected=sent)
+    got = storage.pull(source, entries_of(store, "merged/"), tmp_path / "back", below="merged/", expected=sent)  # type: ignore[arg-type]
 
-    assert got == sent
-    assert source.downloads == 3
+    assert got == sent == manifest.of(tmp_path / "back")
+    assert len(source.asked) == 3
 
 
 def test_a_transfer_that_is_always_damaged_ends_with_an_error(
@@ -150,49 +218,79 @@ def test_a_transfer_that_is_always_damaged_ends_with_an_error(
 ) -> None:
     """After three tries nothing is left that a later run would trust."""
     sent = storage.push(store, directory, "merged/")
-    entries = [e for e in store.list("merged/") if not e.key.endswith("manifest.json")]
+    source = Counting(store, flips=999)
 
-    with pytest.raises(errors.DamagedError, match="its manifest says"):
-        storage.pull(Damaging(store, times=99), entries, tmp_path / "back", below="merged/", expected=sent)
+    with pytest.raises(errors.DamagedError, match=r"its manifest says .*; it arrived so 3 times"):
+        storage.pull(source, entries_of(store, "merged/"), tmp_path / "back", below="merged/", expected=sent)  # type: ignore[arg-type]
 
     assert not (tmp_path / "back").exists()
-    assert not [name for name in files(tmp_path) if name.endswith(".part")]
+    assert not files(tmp_path / "back.partial")
 
 
-def test_a_pull_goes_on_with_what_is_verified(store: storage.Store, directory: Path, tmp_path: Path) -> None:
-    """Files that arrived before the interruption are not fetched again."""
+def test_a_pull_goes_on_with_what_is_there(
+    store: storage.Store, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and parts of files that arrived before the interruption are not fetched again."""
+    monkeypatch.setattr(incoming, "PART_BYTES", 4 << 20)
     sent = storage.push(store, directory, "merged/")
-    entries = [e for e in store.list("merged/") if not e.key.endswith("manifest.json")]
-    large = next(e for e in entries if e.key.endswith("large"))
 
-    class Breaking(Damaging):
-        def download(self, entry: storage.Entry, target: Path, advance: storage.Advance) -> storage.Seen:
-            if entry != large:
-                while not (tmp_path / "back.partial" / "sub" / "large").exists():
-                    time.sleep(0.01)
+    class Breaking(Counting):
+        def stream(self, entry: storage.Entry, start: int, stop: int) -> Iterator[bytes | memoryview]:
+            if start == 16 << 20:
+                until(tmp_path / "back.journal", 6)  # four parts, and the small file: its part, and that it is whole
                 raise errors.DeniedError("the credentials were taken away")
-            return super().download(entry, target, advance)
+            yield from super().stream(entry, start, stop)
 
+    listed = entries_of(store, "merged/")
     with pytest.raises(errors.DeniedError):
-        storage.pull(Breaking(store, 0), entries, tmp_path / "back", below="merged/", expected=sent)
+        storage.pull(Breaking(store), listed, tmp_path / "back", below="merged/", expected=sent)  # type: ignore[arg-type]
     assert not (tmp_path / "back").exists()
-    second = Damaging(store, times=0)
-    storage.pull(second, entries, tmp_path / "back", below="merged/", expected=sent)
+    second = Counting(store)
+    storage.pull(second, listed, tmp_path / "back", below="merged/", expected=sent)  # type: ignore[arg-type]
 
-    assert second.downloads == 1
+    assert second.asked == [("merged/sub/large", 16 << 20, 20 << 20)]
+    assert manifest.of(tmp_path / "back") == sent
+    assert not {name for name in files(tmp_path) if "back." in name} - {"back.lock"}
+
+
+def test_a_part_that_the_disk_lost_is_fetched_again(
+    store: storage.Store, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that went down may have kept the journal and not the bytes."""
+    test_a_pull_goes_on_with_what_is_there(store, directory, tmp_path, monkeypatch)
+    listed, sent = entries_of(store, "merged/"), manifest.of(tmp_path / "back")
+    (tmp_path / "back" / "manifest.json").unlink()
+    (tmp_path / "back").rename(tmp_path / "back.partial")
+    large = next(e for e in listed if e.key.endswith("large"))
+    data = (directory / "sub" / "large").read_bytes()
+    noted = Journal(tmp_path / "back.partial", tmp_path / "back.journal")
+    for start in range(0, 20 << 20, 4 << 20):
+        noted.add_part(
+            "sub/large", large, Part(start, start + (4 << 20), checksum.crc(data[start : start + (4 << 20)]))
+        )
+    with (tmp_path / "back.partial" / "sub" / "large").open("r+b") as file:
+        file.seek(5 << 20)
+        file.write(bytes(100))
+
+    source = Counting(store)
+    got = storage.pull(source, listed, tmp_path / "back", below="merged/", expected=sent)  # type: ignore[arg-type]
+
+    assert got == sent == manifest.of(tmp_path / "back")
+    assert ("merged/sub/large", 4 << 20, 8 << 20) in source.asked
+    assert len(source.asked) == 2
 
 
 def test_a_file_that_changed_since_it_was_listed_is_not_taken(
     store: storage.Store, directory: Path, tmp_path: Path
 ) -> None:
-    """The manifest that a pull leaves describes what the listing promised, or there is none."""
+    """Two versions are never stitched together, even if they are equally long."""
     storage.push(store, directory, "base/")
-    entries = [e for e in store.list("base/") if not e.key.endswith("manifest.json")]
-    (directory / "small").write_bytes(b"hello, world")
-    store.upload(directory / "small", "base/small", lambda _: None)
+    listed = entries_of(store, "base/")
+    (directory / "sub" / "large").write_bytes(os.urandom(20 << 20))
+    write(store, "base/sub/large", directory / "sub" / "large")
 
-    with pytest.raises(errors.DamagedError, match=r"changed|when listed"):
-        storage.pull(store, entries, tmp_path / "back", below="base/")
+    with pytest.raises(errors.ChangedError, match=r"changed since it was listed|overwritten"):
+        storage.pull(store, listed, tmp_path / "back", below="base/")
 
     assert not (tmp_path / "back").exists()
 
@@ -200,10 +298,9 @@ def test_a_file_that_changed_since_it_was_listed_is_not_taken(
 def test_two_pulls_of_the_same_download_it_once(store: storage.Store, directory: Path, tmp_path: Path) -> None:
     """Several processes or jobs that share a cache wait for the one that is at work."""
     storage.push(store, directory, "base/")
-    source = Damaging(store, times=0)
-    entries = [e for e in store.list("base/") if not e.key.endswith("manifest.json")]
+    source, listed = Counting(store), entries_of(store, "base/")
     pulls = [
-        threading.Thread(target=storage.pull, args=(source, entries, tmp_path / "back"), kwargs={"below": "base/"})
+        threading.Thread(target=storage.pull, args=(source, listed, tmp_path / "back"), kwargs={"below": "base/"})
         for _ in range(3)
     ]
 
@@ -212,7 +309,7 @@ def test_two_pulls_of_the_same_download_it_once(store: storage.Store, directory:
     for pull in pulls:
         pull.join()
 
-    assert source.downloads == len(entries)
+    assert len(source.asked) == len(listed)
     assert manifest.sealed(tmp_path / "back")
 
 
@@ -261,16 +358,24 @@ def test_what_is_not_there_reads_as_nothing(store: storage.Store) -> None:
     store.delete("done.json")
 
 
+@pytest.mark.parametrize("tool", ["aws", "multipart", "job"])
 def test_a_base_without_a_manifest_is_verified_by_the_stores_own_checksum(
-    store: storage.Store, directory: Path, tmp_path: Path
+    s3: S3, bucket: str, tool: str, directory: Path, tmp_path: Path
 ) -> None:
-    """Models that others uploaded: multipart objects by the MD5 of their parts, small ones by their CRC."""
-    for name in ("small", "sub/large"):
-        store.upload(directory / name, name, lambda _: None)
+    """Models that others uploaded: multipart objects by the MD5 of their parts, others by the CRC that came along."""
+    store = storage.connect(f"s3://{bucket}")
+    if tool == "job":
+        write(store, "sub/large", directory / "sub" / "large")
+    else:
+        config = TransferConfig(multipart_threshold=8 << 20 if tool == "multipart" else 1 << 30)
+        s3.client().upload_file(str(directory / "sub" / "large"), bucket, "sub/large", Config=config)
+    (entry,) = store.list()
 
-    seen = [store.download(e, tmp_path / "got", lambda _: None).verified_by for e in store.list()]
+    known = store.checksum(entry)
 
-    assert seen == (["CRC32", "MD5 of parts"] if store.url.startswith("s3") else ["size", "size"])
+    assert known
+    assert known.name == {"aws": "CRC32", "multipart": "MD5 of parts", "job": "CRC64NVME"}[tool]
+    assert storage.pull(Counting(store, flips=1), [entry], tmp_path / "back") == manifest.of(tmp_path / "back")  # type: ignore[arg-type]
 
 
 REFUSALS = {
@@ -281,6 +386,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [

@@ -9,7 +9,10 @@ from job.config.schema import Config
 
 # Keys that do not change what is computed, or only by the rounding of another summation order.
 NEUTRAL = frozenset(
-    {"run.name", "run.url", "run.cache", "train.log_every", "train.micro_batch_size", "train.gradient_checkpointing"}
+    {
+        *(f"run.{key}" for key in ("name", "url", "cache", "cache_limit", "conditional_writes")),
+        *(f"train.{key}" for key in ("log_every", "micro_batch_size", "gradient_checkpointing")),
+    }
 )
 _NEUTRAL_SECTIONS = ("checkpoint", "distributed")
 

@@ -7,13 +7,13 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
 import pyarrow as pa
 
-from job import errors, log, manifest, paths
+from job import errors, log, manifest, paths, storage
 from job.config import Config
 from job.inputs import Base, DataFile, Prepared
 from job.manifest import Manifest
@@ -32,18 +32,23 @@ _SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), Path(tokenizer.__file__
 
 
 def dataset(
-    config: Config, base: Base, train: Sequence[DataFile], evaluation: Sequence[DataFile], cache: paths.Cache
+    config: Config,
+    base: Base,
+    train: Sequence[DataFile],
+    evaluation: Sequence[DataFile],
+    cache: paths.Cache,
+    keep: ExitStack,
 ) -> Prepared:
-    """Prepare both splits with the tokenizer of `base`.
+    """Prepare both splits with the tokenizer of `base`; the result stays in the cache until `keep` is closed.
 
     Raises `errors.DataError` naming file, line and reason of each record that cannot be used.
     """
     _refuse_leak(train, evaluation)
     key = _key(config, base.digest, train, evaluation)
     target = cache.prepared(key)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{target}.lock"):
-        there = manifest.sealed(target)
+    keep.enter_context(storage.used(target))
+    with storage.alone(target) as place:
+        there = place.sealed()
         if there:
             log.event("prepare.here", f"prepared data are here already ({_summary(target)})", digest=_digest(there))
             return Prepared(target, _digest(there))
@@ -53,8 +58,7 @@ def dataset(
         words = tokenizer.load(base.path, config.data.template, trust_remote_code=config.model.trust_remote_code)
         _Preparation(config, words, partial).run(train, evaluation)
         whole = manifest.seal(partial)
-        shutil.rmtree(target, ignore_errors=True)  # an earlier, damaged one: it was not sealed
-        partial.rename(target)
+        place.fill(partial)
     log.event(
         "prepare.done",
         f"prepared {_summary(target)}",

@@ -4,25 +4,34 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from job import errors
-from job.storage.directory import fetch, pull, push, remove, sealed
+from job.storage.conditions import checked
+from job.storage.directory import remove, sealed
+from job.storage.download import fetch, here, pull
+from job.storage.evict import make_room, on_disk
 from job.storage.folder import Folder
-from job.storage.store import Advance, Blob, Entry, Seen, Source, Store
+from job.storage.local import alone, used
+from job.storage.store import Blob, Entry, Source, Store
+from job.storage.upload import push
 
 __all__ = [
-    "Advance",
     "Blob",
     "Entry",
     "Folder",
-    "Seen",
     "Source",
     "Store",
+    "alone",
+    "checked",
     "connect",
     "fetch",
+    "here",
+    "make_room",
+    "on_disk",
     "pull",
     "push",
     "remove",
     "sealed",
     "source",
+    "used",
 ]
 
 

@@ -6,19 +6,18 @@ its parts' MD5s, unless the object is encrypted with a key of the customer's; ne
 
 import base64
 import hashlib
+import mmap
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from awscrt import checksums
 
-from job import errors
-from job.storage.store import Seen
-
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18  # larger ones leave the processor's cache and are paid for twice
+Buffer = bytes | memoryview | mmap.mmap
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 _MULTIPART = re.compile(r"^([0-9a-f]{32})-([1-9][0-9]*)$")
 
@@ -26,7 +25,7 @@ _MULTIPART = re.compile(r"^([0-9a-f]{32})-([1-9][0-9]*)$")
 class Digest(Protocol):
     """What hashlib's objects do."""
 
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: Buffer, /) -> None: ...
     def hexdigest(self) -> str: ...
 
 
@@ -40,10 +39,10 @@ class Expected:
 
 
 class _Crc:
-    def __init__(self, step: Callable[[bytes, int], int], width: int) -> None:
+    def __init__(self, step: Callable[[Buffer, int], int], width: int) -> None:
         self._step, self._width, self._value = step, width, 0
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: Buffer, /) -> None:
         self._value = self._step(data, self._value)
 
     def hexdigest(self) -> str:
@@ -57,7 +56,7 @@ class _MultipartMd5:
         self._size, self._left = part_size, part_size
         self._part, self._all = hashlib.md5(usedforsecurity=False), hashlib.md5(usedforsecurity=False)
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: Buffer, /) -> None:
         while data:
             now, data = data[: self._left], data[self._left :]
             self._part.update(now)
@@ -104,29 +103,49 @@ def expected(head: Mapping[str, Any], part_size: int | None) -> Expected | None:
     return None
 
 
-def verify(path: Path, size: int, wanted: Expected | None, where: str) -> Seen:
-    """Hash the file at `path`, which came from `where`, and compare.
+class Running:
+    """SHA-256 of what passes by, and the store's own checksum if it keeps one."""
 
-    Raises `errors.StoreError` if the size or the checksum differs.
-    """
-    sha256 = hashlib.sha256()
-    theirs = wanted.start() if wanted else None
-    seen = 0
-    for block in _blocks(path):
-        seen += len(block)
-        sha256.update(block)
-        if theirs:
-            theirs.update(block)
-    if seen != size:
-        raise errors.DamagedError(f"{where}: {seen} of {size} bytes arrived")
-    if wanted and theirs and theirs.hexdigest() != wanted.value:
-        raise errors.DamagedError(
-            f"{where}: damaged on the way: {wanted.name} is {theirs.hexdigest()}, the store says {wanted.value}"
-        )
-    return Seen(sha256.hexdigest(), wanted.name if wanted else "size")
+    def __init__(self, wanted: Expected | None) -> None:
+        self._wanted, self._sha256 = wanted, hashlib.sha256()
+        self._theirs = wanted.start() if wanted else None
+
+    def update(self, data: Buffer, /) -> None:
+        self._sha256.update(data)
+        if self._theirs:
+            self._theirs.update(data)
+
+    @property
+    def sha256(self) -> str:
+        """In hexadecimal."""
+        return self._sha256.hexdigest()
+
+    @property
+    def verified_by(self) -> str:
+        """By which checksum of the store's own; ``size`` if it keeps none."""
+        return self._wanted.name if self._wanted else "size"
+
+    def mismatch(self) -> str | None:
+        """How the content differs from what the store says; None if it does not."""
+        if self._wanted is None or self._theirs is None or self._theirs.hexdigest() == self._wanted.value:
+            return None
+        return f"{self._wanted.name} is {self._theirs.hexdigest()}, the store says {self._wanted.value}"
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def of_file(path: Path, wanted: Expected | None) -> Running:
+    """What `Running` says of the whole file at `path`."""
+    running = Running(wanted)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            yield block
+            running.update(block)
+    return running
+
+
+def crc(data: Buffer, before: int = 0) -> int:
+    """CRC-64/NVME of `data`, going on from `before`."""
+    return int(checksums.crc64nvme(data, before))
+
+
+def crc_text(value: int) -> str:
+    """The form in which S3 exchanges a CRC-64/NVME."""
+    return base64.b64encode(value.to_bytes(8, "big")).decode()

@@ -1,11 +1,13 @@
 """A folder as a store: the default for one machine, and for clusters that share a file system.
 
-Relies on POSIX ``rename`` and ``link`` being atomic (local file systems, NFS, Lustre), and for `replace` on ``flock``.
+Relies on ``rename`` and ``link`` being atomic (POSIX: local file systems, NFS, Lustre, GPFS), and for `replace` on
+``flock`` being seen by every machine (NFS: since Linux 2.6.12; Lustre: mounted with ``flock``) and on files being
+looked up anew when opened (close-to-open consistency: not mounted with ``nocto``).
 """
 
 import contextlib
+import errno
 import fcntl
-import hashlib
 import os
 import time
 import uuid
@@ -13,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from job import errors, manifest
-from job.storage.store import Advance, Blob, Entry, Seen
+from job.storage.store import Blob, Block, Check, Entry, Upload
 
 _PRIVATE = ".store"  # temporary files and the lock, below the root
 _STALE_SECONDS = 24 * 3600
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
+_PART = 16 << 20
 
 
 class Folder:
@@ -42,20 +45,17 @@ class Folder:
         """Where `entry` lies, for readers that need no copy."""
         return self.root / entry.key
 
-    def download(self, entry: Entry, target: Path, advance: Advance) -> Seen:
-        with self.path(entry).open("rb") as source, target.open("wb") as copy:
-            digest = hashlib.sha256()
-            while block := source.read(_BLOCK):
-                digest.update(block)
-                copy.write(block)
-                advance(len(block))
-            copied = copy.tell()
-        if copied != entry.size:
-            raise errors.DamagedError(
-                f"{self.url}/{entry.key} had {entry.size} bytes when listed and {copied} when read: it "
-                "changed meanwhile"
-            )
-        return Seen(digest.hexdigest(), "size")
+    def stream(self, entry: Entry, start: int, stop: int) -> Iterator[Block]:
+        with self.path(entry).open("rb") as file:
+            if self._entry(self.path(entry), entry.key) != entry:
+                raise errors.ChangedError(f"{self.url}/{entry.key} changed since it was listed; start again")
+            file.seek(start)
+            while start < stop and (block := file.read(min(_BLOCK, stop - start))):
+                yield block
+                start += len(block)
+
+    def checksum(self, entry: Entry) -> None:
+        """A file system keeps none."""
 
     def read(self, key: str) -> Blob | None:
         try:
@@ -75,28 +75,32 @@ class Folder:
             try:
                 os.link(temporary, self.root / key)  # unlike rename, link refuses an existing name
             except FileExistsError as e:
-                there = self.read(key)
-                if there is None or there.data != data:
+                # Over NFS a link whose reply was lost is tried again and finds itself: link(2), open(2).
+                if not temporary.samefile(self.root / key):
                     raise errors.ConflictError(f"{self.url}/{key} exists already") from e
+            except OSError as e:
+                raise _unable(e, self.root, "hard links") from e
 
     def replace(self, key: str, data: bytes, version: str) -> None:
         with self._temporary(key) as temporary, (self.root / _PRIVATE / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as e:
+                raise _unable(e, self.root, "file locks") from e
             there = self.read(key)
             if there is None or there.version != version:
                 raise errors.ConflictError(f"{self.url}/{key} was changed by somebody else")
             _write(temporary, data)
             temporary.rename(self.root / key)
 
-    def upload(self, path: Path, key: str, advance: Advance) -> None:
-        with self._temporary(key) as temporary:
-            with path.open("rb") as source, temporary.open("wb") as copy:
-                while block := source.read(_BLOCK):
-                    copy.write(block)
-                    advance(len(block))
-                copy.flush()
-                os.fsync(copy.fileno())
-            temporary.rename(self.root / key)
+    def part_size(self, _size: int) -> int:
+        return _PART
+
+    def upload(self, key: str, size: int) -> Upload:
+        return _FolderUpload(self._part(key), self.root / key, size)
+
+    def sweep(self, prefix: str) -> None:
+        """Nothing is known of unfinished uploads but their age: what killed writers left is swept after a day."""
 
     def delete(self, key: str) -> None:
         path = self.root / key
@@ -113,6 +117,13 @@ class Folder:
 
     @contextlib.contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
+        temporary = self._part(key)
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _part(self, key: str) -> Path:
         """A name on the same file system; what killed writers left there is swept after a day."""
         private = self.root / _PRIVATE
         private.mkdir(parents=True, exist_ok=True)
@@ -121,11 +132,40 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                     left.unlink()
-        temporary = private / f"{uuid.uuid4().hex}.part"
-        try:
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+        return private / f"{uuid.uuid4().hex}.part"
+
+
+class _FolderUpload:
+    """A file that is written beside the store's files and renamed when it is whole."""
+
+    def __init__(self, temporary: Path, target: Path, size: int) -> None:
+        self._temporary, self._target, self._size = temporary, target, size
+        self._temporary.touch()
+
+    def send(self, number: int, data: bytes, check: Check) -> None:
+        check()
+        with self._temporary.open("r+b") as file:
+            file.seek(number * _PART)
+            file.write(data)
+
+    def finish(self) -> None:
+        with self._temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        self._temporary.rename(self._target)
+
+    def abort(self) -> None:
+        self._temporary.unlink(missing_ok=True)
+
+    leave = abort
+
+
+def _unable(error: OSError, root: Path, what: str) -> errors.JobError | OSError:
+    """A file system without what the folder store relies on, such as a bucket that is mounted as a folder."""
+    if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EMLINK):
+        return error
+    return errors.UnsupportedError(
+        f"{root}: the file system has no {what} ({error.strerror}); use a directory on another one, or an s3:// URL"
+    )
 
 
 def _write(path: Path, data: bytes) -> None:

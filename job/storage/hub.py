@@ -2,20 +2,27 @@
 
 import contextlib
 import hashlib
-import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 import httpx2
 import huggingface_hub
+import huggingface_hub.utils as hub_utils
 from huggingface_hub import errors as hub_errors
 
-from job import errors, manifest
-from job.storage.store import Advance, Entry, Seen
+from job import errors, log
+from job.storage import patience
+from job.storage.checksum import Expected
+from job.storage.store import Block, Entry
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 _SHA256_DIGITS = 64
+_BLOCK = 1 << 18
 _UNREACHED = (httpx2.TransportError, hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError)
+_DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _MISSING = (
     hub_errors.RepositoryNotFoundError,
     hub_errors.RevisionNotFoundError,
@@ -29,42 +36,51 @@ class Hub:
 
     def __init__(self, repository: str, revision: str) -> None:
         self.repository, self.revision = repository, revision or "main"
+        self._commit = self.revision
 
     @property
     def url(self) -> str:
         return f"hf://{self.repository}@{self.revision}"
 
     def list(self, prefix: str = "") -> list[Entry]:
-        with self._explained():
-            info = huggingface_hub.HfApi().model_info(self.repository, revision=self.revision, files_metadata=True)
-        files = [f for f in info.siblings or [] if f.rfilename.startswith(prefix)]
+        files = [f for f in patience.USUAL.keep_trying(self._listing, _say_again) if f.rfilename.startswith(prefix)]
         # The version names the content: SHA-256 of large files, git's blob id of small ones.
         return sorted(
             (Entry(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else f.blob_id or "") for f in files),
             key=lambda e: e.key,
         )
 
-    def download(self, entry: Entry, target: Path, advance: Advance) -> Seen:
-        with self._explained(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".hub-") as scratch:
-            path = huggingface_hub.hf_hub_download(
-                self.repository, entry.key, revision=self.revision, local_dir=scratch
-            )
-            shutil.move(path, target)
-        advance(entry.size)
-        return self._verify(entry, target)
+    def stream(self, entry: Entry, start: int, stop: int) -> Iterator[Block]:
+        where = huggingface_hub.hf_hub_url(self.repository, entry.key, revision=self._commit)
+        headers = {
+            **hub_utils.build_hf_headers(),
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",  # a range of what is stored, not of what a proxy makes of it
+        }
+        with (
+            self._explained(),
+            hub_utils.get_session().stream(
+                "GET", where, headers=headers, follow_redirects=True, timeout=patience.STALL_SECONDS
+            ) as reply,
+        ):
+            hub_utils.hf_raise_for_status(reply)
+            whole = start == 0 and stop == entry.size
+            if reply.status_code != HTTPStatus.PARTIAL_CONTENT and not whole:
+                raise errors.UnsupportedError(
+                    f"{self.url}/{entry.key}: the Hub at {where} does not send parts of files"
+                )
+            yield from reply.iter_bytes(_BLOCK)
 
-    def _verify(self, entry: Entry, path: Path) -> Seen:
-        sha256 = manifest.sha256(path)
+    def checksum(self, entry: Entry) -> Expected:
         if len(entry.version) == _SHA256_DIGITS:
-            seen, kind = sha256, "SHA256"
-        else:
-            seen, kind = _blob_id(path), "git blob id"
-        if seen != entry.version:
-            raise errors.DamagedError(
-                f"{self.url}/{entry.key}: damaged on the way or changed since it was listed ({kind} "
-                f"{seen}, the Hub says {entry.version})"
-            )
-        return Seen(sha256, kind)
+            return Expected("SHA256", entry.version, hashlib.sha256)
+        return Expected("git blob id", entry.version, lambda: _blob(entry.size))
+
+    def _listing(self) -> Sequence["RepoSibling"]:
+        with self._explained():
+            info = huggingface_hub.HfApi().model_info(self.repository, revision=self.revision, files_metadata=True)
+        self._commit = info.sha or self.revision  # a branch may move while its files are read
+        return info.siblings or []
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -85,9 +101,15 @@ class Hub:
                 "it is private"
             ) from e
         except hub_errors.HfHubHTTPError as e:
+            if e.response is not None and e.response.status_code in _DENIED:
+                raise errors.DeniedError(f"{self.url}: the Hub answered: {e}: check HF_TOKEN") from e
             raise errors.StoreError(f"{self.url}: the Hub answered: {e}") from e
 
 
-def _blob_id(path: Path) -> str:
-    data = path.read_bytes()  # the Hub keeps every large file elsewhere, so this one is small
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+def _blob(size: int) -> "hashlib._Hash":
+    """The digest by which git names a file of `size` bytes."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
+def _say_again(error: errors.StoreError, tried: int) -> None:
+    log.warn("store.retry", f"{error}; trying again", tried=tried)

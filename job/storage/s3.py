@@ -1,67 +1,34 @@
 """S3 and everything that speaks its protocol, through boto3.
 
-Endpoint, region and credentials come from the standard AWS chain.
+Endpoint, region and credentials come from the standard AWS chain. Retries are ours (`patience`), so that all are
+counted and none is made twice.
 """
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
-import boto3.exceptions
 import botocore.config
 import botocore.exceptions
-from boto3.s3.transfer import TransferConfig
 
-from job import errors
-from job.storage import checksum
-from job.storage.store import Advance, Blob, Entry, Seen
+from job import errors, log
+from job.storage import checksum, patience, s3_errors, s3_upload
+from job.storage.checksum import Expected
+from job.storage.s3_ranges import Ranges
+from job.storage.store import Blob, Block, Entry, Upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-_MISSING = ("404", "NoSuchKey", "NotFound")
-_LOST = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
-_DENIED = (errors.DeniedError, "check the credentials and what they may do with this bucket")
-_EXPIRED = (errors.StoreError, "the credentials expired; a new start fetches new ones")
-_ELSEWHERE = (errors.PermanentError, "the bucket lives in another region; set AWS_REGION or AWS_ENDPOINT_URL")
-_REFUSALS: dict[str, tuple[type[errors.JobError], str]] = {
-    "NoSuchBucket": (errors.NotFoundError, "create the bucket or correct the URL"),
-    "RequestTimeTooSkewed": (errors.PermanentError, "correct this machine's clock"),
-    **dict.fromkeys(_MISSING, (errors.NotFoundError, "correct the URL")),
-    **dict.fromkeys(("403", "AccessDenied", "AllAccessDisabled", "AccountProblem"), _DENIED),
-    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"), _DENIED),
-    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), _EXPIRED),
-    **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed"), _ELSEWHERE),
-}
-_RAISED = (
-    boto3.exceptions.Boto3Error,
-    botocore.exceptions.BotoCoreError,
-    botocore.exceptions.ClientError,
-    ValueError,
-)
-_UNREACHED = (
-    botocore.exceptions.HTTPClientError,
-    botocore.exceptions.ConnectionError,
-    botocore.exceptions.IncompleteReadError,
-)
-_MISCONFIGURED = (
-    botocore.exceptions.ParamValidationError,
-    botocore.exceptions.ProfileNotFound,
-    botocore.exceptions.ConfigNotFound,
-    botocore.exceptions.ConfigParseError,
-    botocore.exceptions.NoRegionError,
-    ValueError,  # what boto3 raises for an endpoint that is no URL
-)
-_PATIENCE = botocore.config.Config(
-    connect_timeout=10,
-    read_timeout=60,
-    retries={"mode": "standard", "total_max_attempts": 5},
-    user_agent_extra="finetune-job",
-)
-# "classic": the CRT client that boto3 may pick by itself ignores endpoint_url (boto3 issue 4839).
-_TRANSFER = TransferConfig(preferred_transfer_client="classic", max_concurrency=8)
+Outcome = TypeVar("Outcome")
+
+_CONFLICTING = ("409", "ConditionalRequestConflict")  # two conditional writes at once: try again, says S3
+_LEAST_PART = 16 << 20
+_MOST_PARTS = 10_000
+_WRITER = "written-by"  # the metadata by which a conditional write knows itself again
 
 
 class S3:
@@ -70,55 +37,74 @@ class S3:
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
-        with self._explained("connecting"):
-            self._client: S3Client = boto3.session.Session().client("s3", config=_PATIENCE)
+        self._renewing = threading.Lock()
+        self._client, self._ranges = self._connected()
 
     @property
     def url(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def list(self, prefix: str = "") -> list[Entry]:
-        with self._explained(f"listing {prefix}"):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self.prefix + prefix
-            )
-            found = [item for page in pages for item in page.get("Contents", [])]
+        def request(s3: "S3Client") -> list[Any]:
+            pages = s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+            return [item for page in pages for item in page.get("Contents", [])]
+
         # Some tools make empty objects that end in / to show folders.
         return [
             Entry(i["Key"].removeprefix(self.prefix), i["Size"], i["ETag"].strip('"'))
-            for i in found
+            for i in self._patiently(f"listing {prefix}", request)
             if not i["Key"].endswith("/")
         ]
 
-    def download(self, entry: Entry, target: Path, advance: Advance) -> Seen:
+    def stream(self, entry: Entry, start: int, stop: int) -> Iterator[Block]:
         key = self.prefix + entry.key
         with self._explained(f"reading {entry.key}"):
-            head = self._client.head_object(Bucket=self.bucket, Key=key, ChecksumMode="ENABLED")
+            try:
+                yield from self._ranges.stream(key, entry.version, start, stop)
+            except botocore.exceptions.ClientError as e:
+                if s3_errors.code(e) in s3_errors.LOST:
+                    raise errors.ChangedError(
+                        f"{self.url}/{entry.key} was overwritten while it was read; start again"
+                    ) from e
+                raise
+
+    def checksum(self, entry: Entry) -> Expected | None:
+        place: dict[str, Any] = {"Bucket": self.bucket, "Key": self.prefix + entry.key}
+
+        def request(s3: "S3Client") -> Expected | None:
+            head = s3.head_object(**place, ChecksumMode="ENABLED")
             if head["ETag"].strip('"') != entry.version:
-                raise errors.DamagedError(f"{self.url}/{entry.key} changed since it was listed; start again")
-            parts = self._part_size(key) if "-" in entry.version else None
-            self._client.download_file(self.bucket, key, str(target), Callback=advance, Config=_TRANSFER)
-        expected = checksum.expected(dict(head), parts)
-        return checksum.verify(target, entry.size, expected, f"{self.url}/{entry.key}")
+                raise errors.ChangedError(f"{self.url}/{entry.key} changed since it was listed; start again")
+            known = checksum.expected(dict(head), None)
+            if known or "-" not in entry.version:
+                return known
+            try:  # the bytes of the first part of a multipart upload; some stores cannot tell
+                part = s3.head_object(**place, PartNumber=1)["ContentLength"]
+            except botocore.exceptions.ClientError:
+                return None
+            return checksum.expected(dict(head), part)
+
+        return self._once(f"reading {entry.key}", request)
 
     def read(self, key: str) -> Blob | None:
-        with self._explained(f"reading {key}"):
-            for last in (False, False, True):
-                try:
-                    reply = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key)
-                    return Blob(reply["Body"].read(), reply["ETag"])
-                except botocore.exceptions.ClientError as e:
-                    if _code(e) in _MISSING:
-                        return None
-                    raise
-                except _UNREACHED:
-                    if last:  # botocore retries requests, but not a body that breaks off
-                        raise
-        raise AssertionError
+        def request(s3: "S3Client") -> Blob | None:
+            try:
+                reply = s3.get_object(Bucket=self.bucket, Key=self.prefix + key, ChecksumMode="ENABLED")
+            except botocore.exceptions.ClientError as e:
+                if s3_errors.code(e) in s3_errors.MISSING:
+                    return None
+                raise
+            data = reply["Body"].read()
+            seen = checksum.Running(checksum.expected(dict(reply), None))
+            seen.update(data)
+            if damage := seen.mismatch():
+                raise errors.DamagedError(f"{self.url}/{key}: damaged on the way: {damage}")
+            return Blob(data, reply["ETag"])
+
+        return self._patiently(f"reading {key}", request)
 
     def put(self, key: str, data: bytes) -> None:
-        with self._explained(f"writing {key}"):
-            self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data)
+        self._write(key, data, {})
 
     def create(self, key: str, data: bytes) -> None:
         self._write_if(key, data, {"IfNoneMatch": "*"}, "exists already")
@@ -126,74 +112,95 @@ class S3:
     def replace(self, key: str, data: bytes, version: str) -> None:
         self._write_if(key, data, {"IfMatch": version}, "was changed by somebody else")
 
-    def upload(self, path: Path, key: str, advance: Advance) -> None:
-        with self._explained(f"writing {key}"):
-            self._client.upload_file(str(path), self.bucket, self.prefix + key, Callback=advance, Config=_TRANSFER)
+    def part_size(self, size: int) -> int:
+        return max(_LEAST_PART, -(-size // _MOST_PARTS))
+
+    def upload(self, key: str, size: int) -> Upload:
+        target = self._target(key)
+        return s3_upload.Parts(target, size) if size > self.part_size(size) else s3_upload.Whole(target)
+
+    def sweep(self, prefix: str) -> None:
+        for key, upload in s3_upload.unfinished(self._target(prefix)):
+            s3_upload.abort(self._target(key.removeprefix(self.prefix)), upload)
 
     def delete(self, key: str) -> None:
-        with self._explained(f"deleting {key}"):
-            self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
+        self._patiently(f"deleting {key}", lambda s3: s3.delete_object(Bucket=self.bucket, Key=self.prefix + key))
 
-    def _write_if(self, key: str, data: bytes, condition: Any, lost: str) -> None:  # noqa: ANN401 - one of two keywords of put_object
-        with self._explained(f"writing {key}"):
+    def _write(self, key: str, data: bytes, more: dict[str, Any]) -> None:
+        target = self._target(key)
+
+        def request(s3: "S3Client") -> None:
+            target.written(s3.put_object(**target.place, Body=data, **target.proof(data), **more), data)
+
+        self._patiently(f"writing {key}", request)
+
+    def _write_if(self, key: str, data: bytes, condition: dict[str, str], lost: str) -> None:
+        """Write if the condition holds. A write whose reply was lost is tried again, and then loses against itself.
+
+        So each carries a mark, by which it is known whose write it was that won.
+        """
+        mark, target = uuid.uuid4().hex, self._target(key)
+        more: dict[str, Any] = {**condition, "Metadata": {_WRITER: mark}}
+
+        def request(s3: "S3Client") -> None:
             try:
-                self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, **condition)
+                target.written(s3.put_object(**target.place, Body=data, **target.proof(data), **more), data)
             except botocore.exceptions.ClientError as e:
-                if _code(e) not in _LOST + _MISSING:
+                if s3_errors.code(e) not in (*s3_errors.LOST, *s3_errors.MISSING):
                     raise
-                # A write whose reply was lost is retried by botocore and then loses against itself.
-                there = self.read(key)
-                if there is None or there.data != data:
+                if self._writer(s3, key) != mark:
                     raise errors.ConflictError(f"{self.url}/{key} {lost}") from e
 
-    def _part_size(self, key: str) -> int | None:
-        """Bytes of the first part of a multipart upload; None on stores that cannot tell."""
+        self._patiently(f"writing {key}", request)
+
+    def _writer(self, s3: "S3Client", key: str) -> str | None:
         try:
-            return self._client.head_object(Bucket=self.bucket, Key=key, PartNumber=1)["ContentLength"]
-        except botocore.exceptions.ClientError:
-            return None
+            head = s3.head_object(Bucket=self.bucket, Key=self.prefix + key)
+        except botocore.exceptions.ClientError as e:
+            if s3_errors.code(e) in s3_errors.MISSING:
+                return None
+            raise
+        return head["Metadata"].get(_WRITER)
+
+    def _target(self, key: str) -> s3_upload.Target:
+        crc = getattr(self._client.meta.config, "request_checksum_calculation", None) != "when_required"
+        return s3_upload.Target(self.bucket, self.prefix + key, self._once, self._patiently, crc=crc)
+
+    def _once(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
+        with self._explained(doing):
+            return request(self._client)
+
+    def _patiently(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
+        return patience.USUAL.keep_trying(lambda: self._once(doing, request), _say_again)
 
     @contextlib.contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
-        """Turn what boto3 raises into our errors: what happened, where, and what to do."""
-        what = f"{doing.strip()} in s3://{self.bucket}/{self.prefix}"
+        endpoint = self._client.meta.endpoint_url
         try:
-            yield
-        except _RAISED as e:
-            raise self._explain(e, what) from e
+            with s3_errors.explained(f"{doing.strip()} in s3://{self.bucket}/{self.prefix}", endpoint):
+                yield
+        except errors.ExpiredError:
+            with self._renewing:  # another process may have put new ones where these came from
+                self._client, self._ranges = self._connected()
+            raise
 
-    def _explain(self, error: Exception, what: str) -> errors.JobError:
-        cause = error
-        if isinstance(error, boto3.exceptions.Boto3Error) and isinstance(
-            error.__context__, botocore.exceptions.ClientError
-        ):
-            cause = error.__context__  # upload_file wraps what the server said
-        if isinstance(cause, botocore.exceptions.ClientError):
-            return self._refused(cause, what)
-        if isinstance(cause, (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError)):
-            return errors.DeniedError(
-                f"{what}: no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "AWS_PROFILE, or give the machine a role"
-            )
-        if isinstance(cause, _UNREACHED):
-            return errors.StoreError(
-                f"{what}: cannot reach {self._endpoint()}: {cause}. Check AWS_ENDPOINT_URL and the network"
-            )
-        if isinstance(cause, boto3.exceptions.Boto3Error):
-            return errors.StoreError(f"{what}: {cause}")
-        if isinstance(cause, _MISCONFIGURED):
-            return errors.PermanentError(f"{what}: {cause}. Check the URL and the AWS settings")
-        return errors.StoreError(f"{what}: {cause}")
-
-    def _refused(self, error: botocore.exceptions.ClientError, what: str) -> errors.JobError:
-        code, message = _code(error), error.response.get("Error", {}).get("Message", "")
-        kind, advice = _REFUSALS.get(code, (errors.StoreError, "a new start may succeed"))
-        said = f"{self._endpoint()} answered {code} {message}".rstrip(" .")
-        return kind(f"{what}: {said}: {advice}")
-
-    def _endpoint(self) -> str:
-        return self._client.meta.endpoint_url
+    def _connected(self) -> tuple["S3Client", Ranges]:
+        with s3_errors.explained(f"connecting to s3://{self.bucket}", "S3"):
+            session = boto3.session.Session()
+            client: S3Client = session.client("s3", config=_config())
+        return client, Ranges(session, client, self.bucket)
 
 
-def _code(error: botocore.exceptions.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
+def _config() -> botocore.config.Config:
+    return botocore.config.Config(
+        connect_timeout=patience.CONNECT_SECONDS,
+        read_timeout=patience.ANSWER_SECONDS,
+        retries={"mode": "standard", "total_max_attempts": 1},
+        response_checksum_validation="when_required",  # we hash all that comes ourselves
+        max_pool_connections=16,
+        user_agent_extra="finetune-job",
+    )
+
+
+def _say_again(error: errors.StoreError, tried: int) -> None:
+    log.warn("store.retry", f"{error}; trying again", tried=tried)

@@ -1,11 +1,16 @@
-"""What a store can do: the small interface behind which S3, a folder and the Hugging Face Hub look alike."""
+"""What a store can do: the small interface behind which S3, a folder and the Hugging Face Hub look alike.
 
-from collections.abc import Callable
+Another store is one file that does this much; parts, retries, hashing and manifests are not its business.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-Advance = Callable[[int], None]  # told of every few bytes transferred; may raise to stop the transfer
+from job.storage.checksum import Expected
+
+Check = Callable[[], None]  # called often during a transfer; raises to stop it
+Block = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,6 @@ class Blob:
     version: str
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What was downloaded: SHA-256 in hexadecimal, and by what of the store's own it was verified."""
-
-    sha256: str
-    verified_by: str
-
-
 class Source(Protocol):
     """A store that can be read."""
 
@@ -43,11 +40,34 @@ class Source(Protocol):
     def list(self, prefix: str = "") -> list[Entry]:
         """Every file whose key starts with `prefix`, sorted by key."""
 
-    def download(self, entry: Entry, target: Path, advance: Advance) -> Seen:
-        """Write the content of `entry` to `target` and check it against the store's own checksum.
+    def stream(self, entry: Entry, start: int, stop: int) -> Iterator[Block]:
+        """The bytes from `start` to before `stop` as they arrive, in one try.
 
-        Raises `errors.StoreError` when what arrived is not what `entry` describes.
+        Raises `errors.StoreError` when another try may succeed, and `errors.ChangedError` when the content is no longer
+        the one that `entry` describes: two versions are never mixed.
         """
+
+    def checksum(self, entry: Entry) -> Expected | None:
+        """What the store itself knows of the content of `entry`; None if it keeps no checksum."""
+
+
+class Upload(Protocol):
+    """A file on its way into a store. Nothing is seen of it before `finish`, and all of it after."""
+
+    def send(self, number: int, data: bytes, check: Check) -> None:
+        """Bring part `number` (from 0; all but the last of `Store.part_size` bytes) there, in one try.
+
+        A part that an earlier upload of the same file left there, and that is equal, is not sent again.
+        """
+
+    def finish(self) -> None:
+        """Put the parts together under the key. May be called again when it failed."""
+
+    def abort(self) -> None:
+        """Give up what was sent, so that nothing of it is left in the store."""
+
+    def leave(self) -> None:
+        """Stop here; keep what was sent only if a later upload to the same key can go on with it."""
 
 
 class Store(Source, Protocol):
@@ -60,13 +80,19 @@ class Store(Source, Protocol):
         """Write a small object, whatever was there."""
 
     def create(self, key: str, data: bytes) -> None:
-        """Write a small object that must not exist yet; `errors.ConflictError` if it does with other content."""
+        """Write a small object that must not exist yet; `errors.ConflictError` if it does. One caller wins."""
 
     def replace(self, key: str, data: bytes, version: str) -> None:
         """Write a small object if it is still at `version`; `errors.ConflictError` if somebody was faster."""
 
-    def upload(self, path: Path, key: str, advance: Advance) -> None:
-        """Copy the local file at `path`, of any size, to `key`."""
+    def part_size(self, size: int) -> int:
+        """Bytes of each part of a file of `size` bytes but the last."""
+
+    def upload(self, key: str, size: int) -> Upload:
+        """Begin, or go on with, the upload of a file of `size` bytes to `key`."""
+
+    def sweep(self, prefix: str) -> None:
+        """Give up every unfinished upload to keys that start with `prefix`."""
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if it is not there."""

@@ -1,0 +1,238 @@
+"""A file on its way into S3: in one request if it is small, else in parts that a later start can go on with.
+
+Every request carries a checksum that the store compares with what arrived (CRC-64/NVME; MD5 where the AWS setting
+``request_checksum_calculation`` is ``when_required``, for stores that know no newer one).
+"""
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import botocore.exceptions
+from awscrt import checksums
+
+from job import errors, log
+from job.storage import checksum, s3_errors
+from job.storage.store import Check
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+Request = Callable[["S3Client"], Any]
+Ask = Callable[[str, Request], Any]  # what is being done, and the request
+_MD5 = re.compile(r"^[0-9a-f]{32}$")
+
+
+class Target:
+    """Where an upload goes, and how requests are made there: `once`, or `patiently`."""
+
+    def __init__(self, bucket: str, key: str, once: Ask, patiently: Ask, *, crc: bool) -> None:
+        self.place: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        self.once, self.patiently, self.crc = once, patiently, crc
+
+    def proof(self, data: bytes) -> dict[str, Any]:
+        """The checksum of `data` as a parameter of the request that brings it there."""
+        if self.crc:
+            return {"ChecksumCRC64NVME": checksum.crc_text(checksum.crc(data))}
+        return {"ContentMD5": base64.b64encode(_md5(data).digest()).decode()}
+
+    def written(self, reply: Mapping[str, Any], data: bytes) -> None:
+        """Raise `errors.DamagedError` if the store took something else than `data`, as far as it tells.
+
+        Most stores refuse a wrong checksum; some ignore the kinds that they do not know, but their ETag is an MD5.
+        """
+        etag = str(reply["ETag"]).strip('"')
+        encrypted = str(reply.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in reply
+        if self.crc and "ChecksumCRC64NVME" not in reply and _MD5.match(etag) and not encrypted:
+            mine = _md5(data).hexdigest()
+            if etag != mine:
+                raise errors.DamagedError(f"{self}: damaged on the way: MD5 was {mine}, the store has {etag}")
+
+    def __str__(self) -> str:
+        return f"s3://{self.place['Bucket']}/{self.place['Key']}"
+
+
+class Whole:
+    """An upload in one request."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def send(self, _number: int, data: bytes, check: Check) -> None:
+        target, proof = self._target, self._target.proof(data)
+        reply = target.once("writing", lambda s3: s3.put_object(**target.place, Body=_Body(data, check), **proof))
+        target.written(reply, data)
+
+    def finish(self) -> None:
+        """Nothing is left to do: the one request made it whole."""
+
+    def abort(self) -> None:
+        """Nothing is left there: the one request made it whole or failed."""
+
+    leave = abort
+
+
+class Parts:
+    """A multipart upload of `size` bytes."""
+
+    def __init__(self, target: Target, size: int) -> None:
+        self._target, self._size = target, size
+        self._sent: dict[int, tuple[str, int, int]] = {}  # ETag, CRC and length of each part, by number from 0
+        self._id, self._there = self._unfinished() or (self._begin(), {})
+
+    def send(self, number: int, data: bytes, check: Check) -> None:
+        proof = self._target.proof(data)
+        there = self._there.get(number)
+        etag = there["ETag"] if there and _same(there, data, proof) else self._write(number, data, proof, check)
+        self._sent[number] = (etag, checksum.crc(data), len(data))
+
+    def finish(self) -> None:
+        crc = self._target.crc
+        parts = [
+            {"PartNumber": number + 1, "ETag": etag, **({"ChecksumCRC64NVME": checksum.crc_text(part)} if crc else {})}
+            for number, (etag, part, _) in sorted(self._sent.items())
+        ]
+        whole = {"ChecksumCRC64NVME": self._crc(), "ChecksumType": "FULL_OBJECT"} if crc else {}
+        request = {**self._target.place, "UploadId": self._id, "MultipartUpload": {"Parts": parts}, **whole}
+        self._target.once("putting the parts together", lambda s3: self._complete(s3, request))
+
+    def abort(self) -> None:
+        abort(self._target, self._id)
+
+    def leave(self) -> None:
+        """S3 keeps the parts for the next upload to the same key, or until a lifecycle rule removes them."""
+
+    def _write(self, number: int, data: bytes, proof: Mapping[str, Any], check: Check) -> str:
+        place = {**self._target.place, "UploadId": self._id, "PartNumber": number + 1}
+        reply = self._target.once(
+            f"writing part {number + 1}", lambda s3: s3.upload_part(**place, Body=_Body(data, check), **proof)
+        )
+        self._target.written(reply, data)
+        return str(reply["ETag"])
+
+    def _complete(self, s3: "S3Client", request: Mapping[str, Any]) -> None:
+        try:
+            s3.complete_multipart_upload(**request)
+        except botocore.exceptions.ClientError as e:
+            if s3_errors.code(e) == "NoSuchUpload" and self._is_there(s3):
+                return  # an earlier try of ours did it, and its reply was lost
+            if s3_errors.code(e) in ("BadDigest", "InvalidPart", "NoSuchUpload"):
+                raise errors.ChangedError(
+                    f"{self._target}: the parts there are not those that were sent ({s3_errors.code(e)}): "
+                    "does another job write to the same URL? Start again"
+                ) from e
+            raise
+
+    def _is_there(self, s3: "S3Client") -> bool:
+        try:
+            head = s3.head_object(**self._target.place, ChecksumMode="ENABLED")
+        except botocore.exceptions.ClientError:
+            return False
+        crc = head.get("ChecksumCRC64NVME")
+        same = crc == self._crc() if crc else head["ETag"].strip('"') == self._etag()
+        return same and head["ContentLength"] == self._size
+
+    def _crc(self) -> str:
+        whole = 0
+        for _, (_, crc, length) in sorted(self._sent.items()):
+            whole = checksums.combine_crc64nvme(whole, crc, length)
+        return checksum.crc_text(whole)
+
+    def _etag(self) -> str:
+        """MD5 of the parts' MD5s, which most stores give to what was put together."""
+        etags = [etag.strip('"') for _, (etag, _, _) in sorted(self._sent.items())]
+        if not all(_MD5.match(etag) for etag in etags):
+            return ""
+        return f"{_md5(b''.join(map(bytes.fromhex, etags))).hexdigest()}-{len(etags)}"
+
+    def _begin(self) -> str:
+        kind: dict[str, Any] = (
+            {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"} if self._target.crc else {}
+        )
+        reply = self._target.patiently(
+            "beginning an upload", lambda s3: s3.create_multipart_upload(**self._target.place, **kind)
+        )
+        return str(reply["UploadId"])
+
+    def _unfinished(self) -> tuple[str, dict[int, Mapping[str, Any]]] | None:
+        """An upload to this key that a killed start left, and its parts by number from 0; any others are given up."""
+        left = [upload for key, upload in unfinished(self._target) if key == self._target.place["Key"]]
+        for upload in left[:-1]:
+            abort(self._target, upload)
+        if not left:
+            return None
+
+        def request(s3: "S3Client") -> list[Any]:
+            return list(s3.get_paginator("list_parts").paginate(**self._target.place, UploadId=left[-1]))
+
+        try:
+            pages = self._target.patiently("looking at an unfinished upload", request)
+        except (errors.DeniedError, errors.UnsupportedError, errors.StoreError):
+            pages = []
+        ours = "CRC64NVME" if self._target.crc else None
+        if not pages or pages[0].get("ChecksumAlgorithm", ours) != ours:
+            abort(self._target, left[-1])
+            return None
+        return left[-1], {part["PartNumber"] - 1: part for page in pages for part in page.get("Parts", [])}
+
+
+def unfinished(target: Target) -> list[tuple[str, str]]:
+    """Key and id of every upload that was begun at the target's key or below and not finished, oldest first.
+
+    None if the store does not tell, or the credentials may not ask: what was sent is then sent again.
+    """
+
+    def request(s3: "S3Client") -> list[tuple[str, str]]:
+        pages = s3.get_paginator("list_multipart_uploads").paginate(
+            Bucket=target.place["Bucket"], Prefix=target.place["Key"]
+        )
+        begun = sorted((u for page in pages for u in page.get("Uploads", [])), key=lambda u: u["Initiated"])
+        return [(u["Key"], u["UploadId"]) for u in begun]
+
+    try:
+        return list(target.patiently("looking for unfinished uploads", request))
+    except (errors.DeniedError, errors.UnsupportedError) as e:
+        log.warn("push.unfinished", f"{e}. Uploads that a kill cut off are not gone on with, and stay in the bucket")
+        return []
+
+
+def abort(target: Target, upload: str) -> None:
+    """Give up the multipart upload with the id `upload`, so that its parts do not stay in the bucket."""
+
+    def request(s3: "S3Client") -> None:
+        try:
+            s3.abort_multipart_upload(**target.place, UploadId=upload)
+        except botocore.exceptions.ClientError as e:
+            if s3_errors.code(e) != "NoSuchUpload":
+                raise
+
+    target.patiently("giving up an upload", request)
+
+
+class _Body(io.BytesIO):
+    """Bytes whose sending can be stopped between two blocks."""
+
+    def __init__(self, data: bytes, check: Check) -> None:
+        super().__init__(data)
+        self._check = check
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._check()
+        return super().read(size)
+
+
+def _same(there: Mapping[str, Any], data: bytes, proof: Mapping[str, str]) -> bool:
+    """True if a part in the store is what would be sent."""
+    if there["Size"] != len(data):
+        return False
+    crc = there.get("ChecksumCRC64NVME")
+    if crc and "ChecksumCRC64NVME" in proof:
+        return bool(crc == proof["ChecksumCRC64NVME"])
+    return bool(there["ETag"].strip('"') == _md5(data).hexdigest())
+
+
+def _md5(data: bytes) -> "hashlib._Hash":
+    return hashlib.md5(data, usedforsecurity=False)

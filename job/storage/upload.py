@@ -1,0 +1,95 @@
+"""Whole directories into a store: files first, the manifest last, and nothing sent that is there already."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from job import errors, log, manifest
+from job.manifest import File, Manifest
+from job.storage import checksum, crew
+from job.storage.directory import sealed, sizes
+from job.storage.outgoing import Outgoing
+from job.storage.store import Entry, Store
+
+
+def push(store: Store, directory: Path, prefix: str) -> Manifest:
+    """Make `prefix` in the store hold exactly what the local `directory` holds, manifest last.
+
+    What is there already with the same content is not sent again: by the manifest if there is one, else (an earlier
+    push was killed) by the checksum that the store keeps, and the parts of an unfinished upload by theirs.
+
+    Raises `errors.StoreError` if the store failed for longer than patience lasts or does not hold what was sent.
+    """
+    paths = manifest.files(directory)
+    theirs, there = sealed(store, prefix), {e.key.removeprefix(prefix): e for e in store.list(prefix)}
+    same = _same(store, paths, there, theirs)
+    if theirs and same == theirs.files and same.keys() == paths.keys():
+        return theirs
+    if theirs:
+        store.delete(prefix + manifest.NAME)  # from here on the old content is no longer whole
+    sent = _send(store, prefix, {name: path for name, path in paths.items() if name not in same})
+    whole = Manifest({**same, **sent})
+    _clear(store, prefix, whole)
+    store.put(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
+    return whole
+
+
+def _same(
+    store: Store, paths: Mapping[str, Path], there: Mapping[str, Entry], theirs: Manifest | None
+) -> dict[str, File]:
+    """Those local files that the store holds with the same content."""
+    found: dict[str, File] = {}
+
+    def compare(name: str) -> None:
+        promised = theirs.files.get(name) if theirs else None
+        wanted = None if promised else store.checksum(there[name])
+        if promised or wanted:
+            mine = checksum.of_file(paths[name], wanted)
+            file = File(there[name].size, mine.sha256)
+            if file == promised or (wanted and not mine.mismatch()):
+                found[name] = file
+
+    candidates = [n for n, path in paths.items() if n in there and there[n].size == path.stat().st_size]
+    with crew.crew("push.compare", f"compare {store.url}", 0) as hands:
+        hands.work(partial(hands.keep_trying, partial(compare, name)) for name in candidates)
+    return found
+
+
+def _send(store: Store, prefix: str, paths: Mapping[str, Path]) -> dict[str, File]:
+    files = {name: Outgoing(store, path, prefix + name) for name, path in paths.items()}
+    largest_first = sorted(files.values(), key=lambda file: -file.size)
+    with (
+        _concluded(largest_first),
+        crew.crew("push.transfer", f"push {store.url}/{prefix}", sum(file.size for file in largest_first)) as hands,
+    ):
+        hands.work(partial(file.send_next, hands) for file in largest_first for _ in range(file.parts))
+    return {name: file.file for name, file in files.items() if file.file}
+
+
+@contextlib.contextmanager
+def _concluded(files: Sequence[Outgoing]) -> Iterator[None]:
+    """Leave nothing unfinished after a failure; after a request to stop, what a later start can go on with."""
+    try:
+        yield
+    except Exception:
+        for file in files:
+            try:
+                file.abort()
+            except errors.JobError as e:
+                log.warn("push.left", f"an unfinished upload may be left: {e}")
+        raise
+    except BaseException:
+        for file in files:
+            file.leave()
+        raise
+
+
+def _clear(store: Store, prefix: str, whole: Manifest) -> None:
+    """Remove what does not belong there, and make sure that what does is there."""
+    for entry in store.list(prefix):
+        if entry.key.removeprefix(prefix) not in {*whole.files, manifest.NAME}:
+            store.delete(entry.key)
+    store.sweep(prefix)
+    if not sizes(store, prefix, whole):
+        raise errors.DamagedError(f"{store.url}/{prefix} does not hold what was just written there; start again")
