@@ -36,7 +36,7 @@ def begin(store: Store, ours: Config) -> int:
     """Keep the config under the run URL and return the number of this attempt, which no other start gets."""
     there = store.read(paths.CONFIG)
     if there is None:
-        store.create(paths.CONFIG, config.claimed(ours))
+        _claim(store, ours)
     elif config.differences(ours, there.data):  # `agree` has seen that nothing was made with the old one
         store.replace(paths.CONFIG, config.claimed(ours), there.version)
         log.warn(
@@ -48,6 +48,16 @@ def begin(store: Store, ours: Config) -> int:
         if (name := entry.key.removeprefix(paths.ATTEMPTS).removesuffix(".jsonl")).isdigit()
     ]
     return _take(store, max(taken, default=0) + 1)
+
+
+def _claim(store: Store, ours: Config) -> None:
+    """Write the config; a start that is at the same point may be faster with the same one."""
+    try:
+        store.create(paths.CONFIG, config.claimed(ours))
+    except errors.ConflictError:
+        there = store.read(paths.CONFIG)
+        if there is None or config.differences(ours, there.data):
+            raise
 
 
 def _take(store: Store, number: int) -> int:
