@@ -97,7 +97,7 @@ def test_a_base_comes_from_the_hub(
     ("base", "status", "told"),
     [
         ("hf://org/nothing@main", 64, "hf://org/nothing@main: not found on the Hub"),
-        ("hf://org/tiny@main", 1, "damaged on the way or changed since it was listed"),
+        ("hf://org/tiny@main", 1, "model.safetensors: damaged on the way: SHA256 is"),
     ],
 )
 def test_what_the_hub_does_not_deliver_is_explained(
