@@ -1,6 +1,8 @@
 """The real things that the tests run against: an S3 server, a tiny model, the 135M model, and the job as a process."""
 
+import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -90,17 +92,30 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 
 
 @pytest.fixture
+def said() -> Iterator[Callable[[], str]]:
+    """What the job's code says in this process, from now on."""
+    stream, logger = io.StringIO(), logging.getLogger("job")
+    handler, level = logging.StreamHandler(stream), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield stream.getvalue
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little patience with a store in this process, so that a test of what it cannot survive ends soon."""
     monkeypatch.setattr(patience, "USUAL", patience.Patience(tries=3, first=0.01))
 
 
 @pytest.fixture
-def bucket(s3: S3) -> str:
-    """A new bucket of the test's own."""
+def bucket(s3: S3) -> Iterator[str]:
+    """A new bucket of the test's own; the server keeps volumes for each, and not for hundreds."""
     name = f"t{time.time_ns()}-{os.getpid()}"
     s3.client().create_bucket(Bucket=name)
-    return name
+    yield name
+    s3.client().delete_bucket(Bucket=name)
 
 
 @pytest.fixture(scope="session")

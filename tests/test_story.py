@@ -120,7 +120,7 @@ def test_kills_at_random_moments_cost_nothing(tiny_run: Callable[..., Path], job
     broken = tiny_run("broken.yaml", train=LONG, run={"url": f"{tmp_path}/broken"})
     seed = time.time_ns()
     print(f"seed {seed}")  # noqa: T201 - shown when the test fails
-    draw = random.Random(seed)  # noqa: S311 - no secret
+    draw = random.Random(seed)
 
     for _ in range(10):
         number = draw.choice([signal.SIGKILL, signal.SIGTERM])

@@ -70,7 +70,7 @@ def _arrive(
             for name, entry in sorted(named.items(), key=lambda item: -item[1].size)
             if not noted.whole(name, entry)
         ]
-        _receive(files, title)
+        _receive(files, title, sum(entry.size for entry in named.values()))
         damaged = [file.damage for file in files if file.damage]
         if not damaged:
             _say_unverified(source, files)
@@ -81,11 +81,11 @@ def _arrive(
     return Manifest({name: file for name, entry in named.items() if (file := noted.whole(name, entry))})
 
 
-def _receive(files: Sequence[Incoming], title: str) -> None:
+def _receive(files: Sequence[Incoming], title: str, all_bytes: int) -> None:
     with crew.crew("pull.transfer", title, sum(file.entry.size for file in files)) as hands:
         hands.work(partial(file.recover, hands) for file in files)
         missing = [(file, part) for file in files for part in file.missing()]
-        kept = sum(file.entry.size for file in files) - sum(part.stop - part.start for _, part in missing)
+        kept = all_bytes - sum(part.stop - part.start for _, part in missing)
         if kept:
             log.event("pull.kept", f"{title}: {log.size(kept)} are here from an earlier start", bytes=kept)
         hands.work(partial(file.receive, part, hands) for file, part in missing)

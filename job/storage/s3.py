@@ -37,7 +37,7 @@ class S3:
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
-        self._renewing = threading.Lock()
+        self._renewing, self._untold = threading.Lock(), threading.Event()
         self._client, self._ranges = self._connected()
 
     @property
@@ -164,7 +164,7 @@ class S3:
 
     def _target(self, key: str) -> s3_upload.Target:
         crc = getattr(self._client.meta.config, "request_checksum_calculation", None) != "when_required"
-        return s3_upload.Target(self.bucket, self.prefix + key, self._once, self._patiently, crc=crc)
+        return s3_upload.Target(self.bucket, self.prefix + key, self._once, self._patiently, self._untold, crc=crc)
 
     def _once(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
         with self._explained(doing):

@@ -19,6 +19,7 @@ _UNABLE = (errors.UnsupportedError, "the store does not support this")
 _REFUSALS: dict[str, tuple[type[errors.JobError], str]] = {
     "NoSuchBucket": (errors.NotFoundError, "create the bucket or correct the URL"),
     "RequestTimeTooSkewed": (errors.PermanentError, "correct this machine's clock"),
+    "NoSuchUpload": (errors.NotFoundError, "start again"),
     **dict.fromkeys(MISSING, (errors.NotFoundError, "correct the URL")),
     **dict.fromkeys(("403", "AccessDenied", "AllAccessDisabled", "AccountProblem"), _DENIED),
     **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"), _DENIED),

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import io
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,10 @@ _MD5 = re.compile(r"^[0-9a-f]{32}$")
 class Target:
     """Where an upload goes, and how requests are made there: `once`, or `patiently`."""
 
-    def __init__(self, bucket: str, key: str, once: Ask, patiently: Ask, *, crc: bool) -> None:
+    def __init__(self, bucket: str, key: str, once: Ask, patiently: Ask, untold: threading.Event, *, crc: bool) -> None:
         self.place: dict[str, Any] = {"Bucket": bucket, "Key": key}
         self.once, self.patiently, self.crc = once, patiently, crc
+        self.untold = untold  # set when the store did not tell what is unfinished there
 
     def proof(self, data: bytes) -> dict[str, Any]:
         """The checksum of `data` as a parameter of the request that brings it there."""
@@ -170,7 +172,8 @@ class Parts:
 
         try:
             pages = self._target.patiently("looking at an unfinished upload", request)
-        except (errors.DeniedError, errors.UnsupportedError, errors.StoreError):
+        except errors.JobError as e:
+            log.event("push.unfinished", f"{e}. Beginning this upload anew")
             pages = []
         ours = "CRC64NVME" if self._target.crc else None
         if not pages or pages[0].get("ChecksumAlgorithm", ours) != ours:
@@ -182,7 +185,7 @@ class Parts:
 def unfinished(target: Target) -> list[tuple[str, str]]:
     """Key and id of every upload that was begun at the target's key or below and not finished, oldest first.
 
-    None if the store does not tell, or the credentials may not ask: what was sent is then sent again.
+    None if the store does not tell, or the credentials may not ask: no reason to fail, what was sent is sent again.
     """
 
     def request(s3: "S3Client") -> list[tuple[str, str]]:
@@ -192,9 +195,12 @@ def unfinished(target: Target) -> list[tuple[str, str]]:
         begun = sorted((u for page in pages for u in page.get("Uploads", [])), key=lambda u: u["Initiated"])
         return [(u["Key"], u["UploadId"]) for u in begun]
 
+    if target.untold.is_set():
+        return []
     try:
         return list(target.patiently("looking for unfinished uploads", request))
-    except (errors.DeniedError, errors.UnsupportedError) as e:
+    except errors.JobError as e:
+        target.untold.set()
         log.warn("push.unfinished", f"{e}. Uploads that a kill cut off are not gone on with, and stay in the bucket")
         return []
 

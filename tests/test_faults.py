@@ -1,0 +1,296 @@
+"""What a bad network and a troubled store do to pulls and pushes, through a proxy that does it to a real S3 server."""
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import faults
+import pytest
+from conftest import S3, command, files
+from faults import Fault, Forward, Proxy, Request
+
+from job import errors, manifest, storage
+from job.storage import incoming, patience
+from job.storage import s3 as s3_store
+
+PASSING: dict[str, Fault] = {
+    "500": faults.says(500, "InternalError"),
+    "503": faults.says(503, "SlowDown"),
+    "expired": faults.says(400, "ExpiredToken"),
+    "reset": faults.reset,
+    "lost reply": faults.lose_reply,
+    "truncated": faults.truncate,
+    "stall": faults.stall,
+    "flipped byte": faults.flip,
+}
+LASTING: dict[str, tuple[Fault, type[errors.JobError], int]] = {
+    "denied": (faults.says(403, "AccessDenied"), errors.DeniedError, 64),
+    "revoked": (faults.says(403, "InvalidAccessKeyId"), errors.DeniedError, 64),
+    "clock": (faults.says(403, "RequestTimeTooSkewed"), errors.PermanentError, 64),
+    "no bucket": (faults.says(404, "NoSuchBucket"), errors.NotFoundError, 64),
+    "no store": (faults.reset, errors.StoreError, 1),
+}
+SIZES = {"large": (5 << 20) * 2 + 7, "sub/middle": 3 << 20, "small": 1000, "empty": 0}
+PLACES = (0, 2, 4)  # of the five or six transfers of data that this takes: three parts, and a file each
+
+
+@pytest.fixture
+def proxy(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy that this process's stores go through, and parts small enough for several."""
+    with Proxy(s3.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setattr(patience, "USUAL", patience.Patience(tries=6, first=0.01))
+        monkeypatch.setattr(patience, "STALL_SECONDS", 2.0)
+        monkeypatch.setattr(patience, "ANSWER_SECONDS", 2.0)
+        monkeypatch.setattr(incoming, "PART_BYTES", 5 << 20)
+        monkeypatch.setattr(s3_store, "_LEAST_PART", 5 << 20)
+        yield proxy
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "made"
+    for name, size in SIZES.items():
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(random.Random(name).randbytes(size))
+    return made
+
+
+@pytest.fixture(params=["obstore", "boto3"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Ranges are read through obstore, or, where that is missing, through boto3."""
+    if request.param == "boto3":
+        monkeypatch.setitem(sys.modules, "obstore.store", None)
+    return str(request.param)
+
+
+def unfinished(s3: S3, bucket: str) -> list[object]:
+    return s3.client().list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+def test_what_can_pass_does_not_fail_a_push(
+    fault: Fault, proxy: Proxy, s3_server: S3, bucket: str, directory: Path, said: Callable[[], str]
+) -> None:
+    """Hurt at several places, every byte is there in the end, nothing is left over, and it is said what happened."""
+    store = storage.connect(f"s3://{bucket}/run")
+    proxy.hurt_part(fault, PLACES)
+
+    sent = storage.push(store, directory, "merged/")
+
+    assert proxy.hurt == len(PLACES)
+    assert "trying again" in said()
+    assert s3_server.keys(bucket) == {f"run/merged/{name}" for name in [*SIZES, "manifest.json"]}
+    assert sent == manifest.of(directory)
+    for name in SIZES:
+        there = s3_server.client().get_object(Bucket=bucket, Key=f"run/merged/{name}")["Body"].read()
+        assert there == (directory / name).read_bytes(), name
+    assert not unfinished(s3_server, bucket)
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+def test_what_can_pass_does_not_fail_a_pull(
+    fault: Fault, proxy: Proxy, bucket: str, directory: Path, tmp_path: Path,
+    said: Callable[[], str],
+) -> None:  # fmt: skip
+    """Hurt at several places, every byte is there in the end, nothing is left over, and it is said what happened."""
+    store = storage.connect(f"s3://{bucket}/run")
+    sent = storage.push(store, directory, "merged/")
+    proxy.hurt_part(fault, PLACES)
+
+    got = storage.fetch(store, "merged/", tmp_path / "back" / "merged")
+
+    assert proxy.hurt == len(PLACES)
+    assert "again" in said()
+    assert got == sent == manifest.of(tmp_path / "back" / "merged")
+    assert files(tmp_path / "back") == {*(f"merged/{name}" for name in [*SIZES, "manifest.json"]), "merged.lock"}
+
+
+@pytest.mark.parametrize(("fault", "kind", "status"), LASTING.values(), ids=LASTING)
+def test_what_cannot_pass_ends_a_push(
+    fault: Fault, kind: type[errors.JobError], status: int, proxy: Proxy, s3_server: S3, bucket: str, directory: Path
+) -> None:
+    """At once where no further try could help, after a bounded number of tries elsewhere; nothing looks complete."""
+    store = storage.connect(f"s3://{bucket}/run")
+    proxy.chosen = lambda request, _: fault if request.part else None
+
+    with pytest.raises(kind) as caught:
+        storage.push(store, directory, "merged/")
+
+    assert caught.value.status == status
+    assert proxy.hurt <= 8 * (6 if status == 1 else 1), "every hand gives up at its own first error"
+    assert s3_server.keys(bucket) <= {"run/merged/empty"}, "a file without content is not a transfer of data"
+    assert not unfinished(s3_server, bucket)
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize(("fault", "kind", "status"), LASTING.values(), ids=LASTING)
+def test_what_cannot_pass_ends_a_pull(
+    fault: Fault, kind: type[errors.JobError], status: int, proxy: Proxy, bucket: str, directory: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """At once where no further try could help, after a bounded number of tries elsewhere; nothing looks complete."""
+    store = storage.connect(f"s3://{bucket}/run")
+    storage.push(store, directory, "merged/")
+    proxy.chosen = lambda request, _: fault if request.part else None
+
+    with pytest.raises(kind) as caught:
+        storage.fetch(store, "merged/", tmp_path / "back")
+
+    assert caught.value.status == status
+    assert proxy.hurt <= 8 * (6 if status == 1 else 2), "every hand gives up at its own first error"
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("doing", ["read", "list", "put", "create", "delete", "sealed"])
+@pytest.mark.parametrize("fault", [PASSING[name] for name in ("500", "503", "reset", "truncated", "stall")])
+def test_small_requests_are_tried_again_too(fault: Fault, doing: str, proxy: Proxy, bucket: str) -> None:
+    """Reading a lease is no less exposed than reading a model."""
+    store = storage.connect(f"s3://{bucket}/run")
+    store.put("manifest.json", manifest.Manifest({}).to_json())
+    doings: dict[str, Callable[[], object]] = {
+        "read": lambda: store.read("manifest.json"),
+        "list": lambda: store.list(""),
+        "put": lambda: store.put("there.json", b"new"),
+        "create": lambda: store.create("new.json", b"new"),
+        "delete": lambda: store.delete("there.json"),
+        "sealed": lambda: storage.sealed(store, ""),
+    }
+    left = iter([fault])
+    proxy.chosen = lambda _request, _number: next(left, None)
+
+    outcome = doings[doing]()
+
+    assert proxy.hurt == 1
+    assert bool(outcome) is (doing in ("read", "list", "sealed"))
+
+
+def test_a_flipped_byte_in_a_small_object_is_noticed(proxy: Proxy, bucket: str) -> None:
+    """A lease or a manifest is checked like any file."""
+    store = storage.connect(f"s3://{bucket}/run")
+    store.put("lease.json", b"owner one")
+    left = iter([faults.flip])
+    proxy.chosen = lambda _request, _number: next(left, None)
+
+    blob = store.read("lease.json")
+
+    assert proxy.hurt == 1
+    assert blob
+    assert blob.data == b"owner one"
+
+
+@pytest.mark.parametrize("write", ["create", "replace"])
+def test_a_lost_reply_is_not_anothers_success(write: str, proxy: Proxy, bucket: str) -> None:
+    """A conditional write that succeeded, though its reply was lost, loses against itself when it is tried again."""
+    store = storage.connect(f"s3://{bucket}/run")
+    version = ""
+    if write == "replace":
+        store.create("lease.json", b"before")
+        there = store.read("lease.json")
+        version = there.version if there else ""
+    left = iter([faults.lose_reply])
+    proxy.chosen = lambda _request, _number: next(left, None)
+
+    store.create("lease.json", b"mine") if write == "create" else store.replace("lease.json", b"mine", version)
+
+    now = store.read("lease.json")
+    assert now
+    assert (proxy.hurt, now.data) == (1, b"mine")
+
+
+@pytest.mark.parametrize("data", [b"other", b"mine"])
+def test_anothers_success_is_not_ours(data: bytes, proxy: Proxy, s3_server: S3, bucket: str) -> None:
+    """While our request was lost on the way there, somebody else made the key: even with the same bytes we lost."""
+    store = storage.connect(f"s3://{bucket}/run")
+
+    def overtaken(_request: Request, _forward: Forward) -> None:
+        s3_server.client().put_object(Bucket=bucket, Key="run/lease.json", Body=data)
+        raise faults.DroppedError
+
+    left = iter([overtaken])
+    proxy.chosen = lambda _request, _number: next(left, None)
+
+    with pytest.raises(errors.ConflictError, match="exists already"):
+        store.create("lease.json", b"mine")
+
+
+def test_an_upload_whose_last_reply_was_lost_is_whole(
+    proxy: Proxy, s3_server: S3, bucket: str, directory: Path
+) -> None:
+    """Putting the parts together succeeded, so asking for it again finds no upload any more, but the file."""
+    store = storage.connect(f"s3://{bucket}/run")
+    lost: list[str] = []
+
+    def chosen(request: Request, _number: int) -> Fault | None:
+        if request.method == "POST" and "uploadId" in request.path:
+            lost.append(request.path)
+            return faults.lose_reply if len(lost) == 1 else faults.says(404, "NoSuchUpload")
+        return None
+
+    proxy.chosen = chosen
+
+    sent = storage.push(store, directory, "merged/")
+
+    assert len(lost) == 2
+    assert storage.sealed(store, "merged/") == sent
+    assert not unfinished(s3_server, bucket)
+
+
+def test_a_reader_that_keeps_failing_is_given_up(
+    proxy: Proxy, bucket: str, directory: Path, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    """Where obstore cannot read what boto3 can, boto3 reads, and it is said."""
+    store = storage.connect(f"s3://{bucket}/run")
+    for number in range(8):
+        (directory / f"more{number}").write_bytes(bytes([number]) * 2000)
+    sent = storage.push(store, directory, "merged/")
+    proxy.chosen = lambda request, _: (
+        faults.says(400, "InvalidRequest") if request.part and "otocore" not in request.header("User-Agent") else None
+    )
+
+    got = storage.fetch(store, "merged/", tmp_path / "back")
+
+    assert got == sent
+    assert "reading through obstore fails too often" in said()
+
+
+def test_a_silent_store_does_not_hold_up_a_stop(
+    proxy: Proxy, s3_server: S3, bucket: str, tiny_model: Path, tiny_run: Callable[..., Path]
+) -> None:
+    """SIGTERM while every transfer hangs: the job ends with its status before the grace time is over."""
+    s3_server.upload(tiny_model, bucket, "models/tiny")
+    config = tiny_run(model={"base": f"s3://{bucket}/models/tiny"})
+    proxy.chosen = lambda request, _: faults.stall if request.part else None
+
+    process = subprocess.Popen(command("run", config), stderr=subprocess.PIPE, text=True)
+    while not proxy.hurt:
+        time.sleep(0.05)
+    process.terminate()
+    _, told = process.communicate(timeout=6)
+
+    assert process.returncode == 75, told
+    assert "stopped by SIGTERM" in told
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_one_request_in_twenty_may_fail(
+    seed: int, s3_server: S3, bucket: str, tiny_model: Path, tiny_run: Callable[..., Path],
+    job: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:  # fmt: skip
+    """A whole run, from the pull to the last upload, through a network that breaks at random."""
+    s3_server.upload(tiny_model, bucket, "models/tiny")
+    config = tiny_run(run={"url": f"s3://{bucket}/run"}, model={"base": f"s3://{bucket}/models/tiny"})
+    passing = [fault for name, fault in PASSING.items() if name not in ("stall", "expired")]
+
+    with Proxy(s3_server.environ["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.hurt_at_random(passing, 0.05, seed)
+        outcome = job("run", config, environ={**s3_server.environ, "AWS_ENDPOINT_URL": proxy.url})
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert proxy.hurt >= 3
+    assert "run/done.json" in s3_server.keys(bucket)
+    assert not unfinished(s3_server, bucket)

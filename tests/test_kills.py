@@ -1,0 +1,116 @@
+"""SIGKILL in the middle of real pulls and pushes: the next start goes on, and nothing false is believed."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, S3, files
+
+from job import log, manifest, storage
+
+MOMENTS = [pytest.param(n, marks=[pytest.mark.slow] if n > 2 else []) for n in range(20)]
+SPAN = 0.6  # seconds; what is transferred takes about half of it
+PULL = (
+    "import sys; from pathlib import Path; from job import log, storage; log.to_people(sys.stderr);"
+    "store = storage.connect(sys.argv[1]); print('begins', flush=True);"
+    "storage.fetch(store, 'merged/', Path(sys.argv[2]))"
+)
+PUSH = PULL.replace(
+    "storage.fetch(store, 'merged/', Path(sys.argv[2]))", "storage.push(store, Path(sys.argv[2]), 'merged/')"
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Files of several parts, of one, and small ones."""
+    made = tmp_path / "made"
+    made.mkdir()
+    dice = random.Random(0)
+    for name, size in {"large": 80 << 20, "other": 40 << 20, **{f"small{n}": 70_000 for n in range(30)}}.items():
+        (made / name).write_bytes(dice.randbytes(size))
+    return made
+
+
+def begun(program: str, url: str, path: Path) -> subprocess.Popen[str]:
+    """A process that runs `program` and is about to transfer."""
+    command = [sys.executable, "-c", program, url, str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "begins\n"
+    return process
+
+
+def killed(program: str, url: str, path: Path, moment: float) -> None:
+    process = begun(program, url, path)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def finished(program: str, url: str, path: Path) -> str:
+    process = begun(program, url, path)
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    return told
+
+
+@pytest.mark.parametrize("seed", MOMENTS)
+def test_a_pull_that_is_killed_goes_on(seed: int, bucket: str, directory: Path, tmp_path: Path) -> None:
+    """Three times at random moments: what is sealed is whole; in the end all is there, and nothing beside it."""
+    url, target, dice = f"s3://{bucket}/run", tmp_path / "back" / "merged", random.Random(seed)
+    sent = storage.push(storage.connect(url), directory, "merged/")
+
+    for _ in range(3):
+        killed(PULL, url, target, dice.uniform(0, SPAN))
+        assert manifest.sealed(target) in (None, sent)
+        assert not target.exists() or manifest.of(target) == sent
+    finished(PULL, url, target)
+
+    assert manifest.of(target) == sent
+    assert files(tmp_path / "back") == {*(f"merged/{name}" for name in [*sent.files, "manifest.json"]), "merged.lock"}
+
+
+@pytest.mark.parametrize("seed", MOMENTS)
+def test_a_push_that_is_killed_goes_on(seed: int, s3_server: S3, bucket: str, directory: Path, tmp_path: Path) -> None:
+    """Three times at random moments: what is sealed is whole; in the end all is there, and nothing beside it."""
+    url, dice = f"s3://{bucket}/run", random.Random(seed)
+    store, whole = storage.connect(url), manifest.of(directory)
+
+    for _ in range(3):
+        killed(PUSH, url, directory, dice.uniform(0, SPAN * 2))
+        assert storage.sealed(store, "merged/") in (None, whole)
+    finished(PUSH, url, directory)
+
+    assert storage.fetch(store, "merged/", tmp_path / "back") == whole == manifest.of(tmp_path / "back")
+    assert {key.removeprefix("run/merged/") for key in s3_server.keys(bucket)} == {*whole.files, "manifest.json"}
+    assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket=bucket)
+    assert "push" not in finished(PUSH, url, directory), "the same again sends nothing"
+
+
+def test_what_arrived_before_a_kill_is_not_fetched_again(bucket: str, directory: Path, tmp_path: Path) -> None:
+    """The second start says how much it found, and transfers the rest."""
+    url, target = f"s3://{bucket}/run", tmp_path / "merged"
+    storage.push(storage.connect(url), directory, "merged/")
+    journal = tmp_path / "merged.journal"
+    process = begun(PULL, url, target)
+    while not journal.exists() or len(journal.read_text().splitlines()) < 3:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    there = sum(stop - start for start, stop, _ in (line["part"] for line in lines_of(journal) if "part" in line))
+
+    told = finished(PULL, url, target)
+
+    assert there >= 16 << 20
+    assert f"{log.size(there)} are here from an earlier start" in told
+    assert manifest.of(target) == manifest.of(directory)
+
+
+def lines_of(journal: Path) -> list[dict[str, list[int]]]:
+    """What a journal says; the last line may have been cut."""
+    return [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
