@@ -213,7 +213,7 @@ def _reach(config: "Config") -> None:
     lease.agree(store, config)
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
     with ExitStack() as keep:
-        pull.preflight(config, _cache(config, os.environ), keep)
+        pull.preflight(config, _cache(config, os.environ), keep, look=True)
 
 
 def _cache(config: "Config", environ: Mapping[str, str]) -> "Cache":

@@ -44,7 +44,11 @@ def boto3_classic() -> tuple[Transfer, Transfer]:
 
     def pull(folder: Path, prefix: str) -> None:
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda k: s3.download_file(BUCKET, k, str(folder / Path(k).name), Config=config), keys(s3, prefix)))
+            list(
+                pool.map(
+                    lambda k: s3.download_file(BUCKET, k, str(folder / Path(k).name), Config=config), keys(s3, prefix)
+                )
+            )
 
     def push(folder: Path, prefix: str) -> None:
         with ThreadPoolExecutor(4) as pool:

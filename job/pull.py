@@ -47,11 +47,13 @@ class _Found:
         return paths.digest(json.dumps([self.source.url, listing]))
 
 
-def preflight(config: Config, cache: paths.Cache, keep: ExitStack, *, trained: bool = False) -> None:
+def preflight(
+    config: Config, cache: paths.Cache, keep: ExitStack, *, trained: bool = False, look: bool = False
+) -> None:
     """Look at everything that the run will read, without reading it: it is there, usable, and there is room.
 
     The data are not needed any more when the run is `trained`. What the run uses of the cache is not evicted until
-    `keep` is closed; what nobody uses is, where room is short.
+    `keep` is closed; what nobody uses is, where room is short, unless this is only a `look`.
 
     Raises the error that the run would end with later.
     """
@@ -65,7 +67,7 @@ def preflight(config: Config, cache: paths.Cache, keep: ExitStack, *, trained: b
         if not isinstance(each.source, storage.Folder) and not manifest.sealed(place):
             pulled += max(0, each.size - storage.on_disk(place))
     needed = pulled + (found[0].size if config.merge.enabled else 0)
-    storage.make_room(cache.shelves(), needed, config.run.cache_limit)
+    storage.make_room(cache.shelves(), needed, config.run.cache_limit, look=look)
     log.event(
         "preflight",
         f"found the base model ({log.size(found[0].size)}) and the data ({log.size(sum(f.size for f in found[1:]))})",

@@ -258,19 +258,86 @@ def test_a_reader_that_keeps_failing_is_given_up(
     assert "reading through obstore fails too often" in said()
 
 
+def test_new_credentials_are_taken_where_the_old_ones_came_from(
+    proxy: Proxy, s3_server: S3, bucket: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody writes fresh ones into the credentials file while the old ones expire in the middle of a transfer."""
+    given = tmp_path / "credentials"
+    old = "[default]\naws_access_key_id = EXPIREDKEY\naws_secret_access_key = x\n"
+    new = "[default]\naws_access_key_id = {AWS_ACCESS_KEY_ID}\naws_secret_access_key = {AWS_SECRET_ACCESS_KEY}\n"
+    given.write_text(old)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(given))
+
+    def expired(request: Request, forward: Forward) -> None:
+        given.write_text(new.format(**s3_server.environ))
+        faults.says(400, "ExpiredToken")(request, forward)
+
+    proxy.chosen = lambda request, _: expired if "EXPIREDKEY" in request.header("Authorization") else None
+
+    sent = storage.push(storage.connect(f"s3://{bucket}/run"), directory, "merged/")
+
+    assert proxy.hurt >= 1
+    assert sent == manifest.of(directory)
+
+
+def test_without_the_right_to_tidy_up_a_push_succeeds(
+    proxy: Proxy, bucket: str, directory: Path, said: Callable[[], str]
+) -> None:
+    """Who may not list or give up unfinished uploads is told what that means, once."""
+    store = storage.connect(f"s3://{bucket}/run")
+    proxy.chosen = lambda request, _: (
+        faults.says(403, "AccessDenied") if request.method == "GET" and "uploads" in request.path else None
+    )
+
+    for place in ("one/", "two/"):
+        storage.push(store, directory, place)
+
+    assert said().count("Uploads that a kill cut off are not gone on with, and stay in the bucket") == 1
+    assert storage.sealed(store, "two/") == manifest.of(directory)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (403, "InvalidObjectState", errors.DeniedError),
+        (400, "KMS.DisabledException", errors.PermanentError),
+        (400, "RequestTimeout", errors.StoreError),
+        (429, "TooManyRequests", errors.StoreError),
+    ],
+)
+def test_errors_that_no_table_knows_are_judged_by_their_status(
+    status: int, code: str, kind: type[errors.JobError], proxy: Proxy, bucket: str
+) -> None:
+    """What the client did wrong will not pass; what has to do with time may."""
+    store = storage.connect(f"s3://{bucket}/run")
+    proxy.chosen = lambda _request, _number: faults.says(status, code)
+
+    with pytest.raises(kind) as caught:
+        store.put("x", b"1")
+
+    assert type(caught.value) is kind
+    assert code in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["base", "run"])
 def test_a_silent_store_does_not_hold_up_a_stop(
-    proxy: Proxy, s3_server: S3, bucket: str, tiny_model: Path, tiny_run: Callable[..., Path]
+    where: str, proxy: Proxy, s3_server: S3, bucket: str, tiny_model: Path, tiny_run: Callable[..., Path]
 ) -> None:
     """SIGTERM while every transfer hangs: the job ends with its status before the grace time is over."""
     s3_server.upload(tiny_model, bucket, "models/tiny")
-    config = tiny_run(model={"base": f"s3://{bucket}/models/tiny"})
-    proxy.chosen = lambda request, _: faults.stall if request.part else None
+    base, run = {"base": f"s3://{bucket}/models/tiny"}, {"url": f"s3://{bucket}/run"}
+    config = tiny_run(model=base) if where == "base" else tiny_run(run=run)
+    # The attempt's log is the first thing that is written to the run, and the last.
+    proxy.chosen = lambda request, _: faults.stall if request.part and ".probe" not in request.path else None
 
     process = subprocess.Popen(command("run", config), stderr=subprocess.PIPE, text=True)
     while not proxy.hurt:
         time.sleep(0.05)
     process.terminate()
-    _, told = process.communicate(timeout=6)
+    _, told = process.communicate(timeout=15)
 
     assert process.returncode == 75, told
     assert "stopped by SIGTERM" in told

@@ -98,19 +98,35 @@ def test_what_arrived_before_a_kill_is_not_fetched_again(bucket: str, directory:
     storage.push(storage.connect(url), directory, "merged/")
     journal = tmp_path / "merged.journal"
     process = begun(PULL, url, target)
-    while not journal.exists() or len(journal.read_text().splitlines()) < 3:
+    while not journal.exists() or arrived(journal) < 16 << 20:
         time.sleep(0.001)
     process.kill()
     process.communicate()
-    there = sum(stop - start for start, stop, _ in (line["part"] for line in lines_of(journal) if "part" in line))
+    there = arrived(journal)
 
     told = finished(PULL, url, target)
 
-    assert there >= 16 << 20
     assert f"{log.size(there)} are here from an earlier start" in told
     assert manifest.of(target) == manifest.of(directory)
 
 
-def lines_of(journal: Path) -> list[dict[str, list[int]]]:
-    """What a journal says; the last line may have been cut."""
-    return [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
+def arrived(journal: Path) -> int:
+    """The bytes of which a journal speaks; its last line may have been cut."""
+    lines = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
+    return sum(stop - start for start, stop, _ in (line["part"] for line in lines if "part" in line))
+
+
+def test_several_processes_pull_once(bucket: str, directory: Path, tmp_path: Path) -> None:
+    """One transfers while the others wait, also when the first is killed, and all of them succeed."""
+    url, target = f"s3://{bucket}/run", tmp_path / "merged"
+    sent = storage.push(storage.connect(url), directory, "merged/")
+    first = begun(PULL, url, target)
+    others = [begun(PULL, url, target) for _ in range(3)]
+
+    first.kill()
+    first.communicate()
+    told = [process.communicate()[1] for process in others]
+
+    assert [process.returncode for process in others] == [0, 0, 0], told
+    assert sum("MB/s" in said for said in told) <= 1
+    assert manifest.of(target) == sent

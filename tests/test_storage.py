@@ -11,7 +11,7 @@ from boto3.s3.transfer import TransferConfig
 from conftest import S3, files
 
 from job import errors, manifest, storage
-from job.storage import checksum, incoming
+from job.storage import checksum, incoming, local
 from job.storage.journal import Journal, Part
 
 
@@ -145,6 +145,51 @@ def test_of_a_changed_directory_only_the_changed_file_is_sent(store: storage.Sto
     assert whole == manifest.of(directory) == storage.sealed(store, "merged/")
 
 
+def test_an_old_manifest_never_vouches_for_new_files(store: storage.Store, directory: Path) -> None:
+    """A directory that lost a file is not sealed; its manifest must be gone before anything new lies beside it."""
+    storage.push(store, directory, "merged/")
+    store.delete("merged/small")
+    (directory / "sub" / "large").write_bytes(os.urandom(20 << 20))
+
+    with pytest.raises(errors.DeniedError):
+        storage.push(Fragile(store, survives=1), directory, "merged/")  # type: ignore[arg-type]
+    store.put("merged/small", b"hello")
+
+    assert storage.sealed(store, "merged/") is None
+
+
+def test_a_directory_that_vanishes_while_it_is_pulled_is_not_whole(
+    store: storage.Store, directory: Path, tmp_path: Path
+) -> None:
+    """What the manifest names and the listing does not is missed, never left out."""
+    sent = storage.push(store, directory, "merged/")
+    listed = [entry for entry in entries_of(store, "merged/") if not entry.key.endswith("small")]
+
+    with pytest.raises(errors.ChangedError, match="was it removed meanwhile"):
+        storage.pull(store, listed, tmp_path / "back", below="merged/", expected=sent)
+
+    assert not (tmp_path / "back").exists()
+
+
+def test_whole_files_of_an_interrupted_pull_are_not_believed_after_a_power_cut(
+    store: storage.Store, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file can have its size and holes in it; parts are compared with their CRC."""
+    sent, listed = storage.push(store, directory, "merged/"), entries_of(store, "merged/")
+    boot = tmp_path / "boot_id"
+    monkeypatch.setattr(local, "_BOOT", boot)
+    boot.write_text("one")
+    with pytest.raises(errors.ChangedError):
+        storage.pull(store, listed[:1], tmp_path / "back", below="merged/", expected=sent)
+    arrived = listed[0].key.removeprefix("merged/")
+    (tmp_path / "back.partial" / arrived).write_bytes(bytes(listed[0].size))
+    boot.write_text("two")
+
+    got = storage.pull(store, listed, tmp_path / "back", below="merged/", expected=sent)
+
+    assert got == sent == manifest.of(tmp_path / "back")
+
+
 def test_after_a_killed_push_only_what_is_missing_is_sent(bucket: str, directory: Path) -> None:
     """Without a manifest, what is there is compared by the checksum that S3 keeps; a stale file does not count."""
     store = storage.connect(f"s3://{bucket}/run")
@@ -237,7 +282,9 @@ def test_a_pull_goes_on_with_what_is_there(
     class Breaking(Counting):
         def stream(self, entry: storage.Entry, start: int, stop: int) -> Iterator[bytes | memoryview]:
             if start == 16 << 20:
-                until(tmp_path / "back.journal", 6)  # four parts, and the small file: its part, and that it is whole
+                until(
+                    tmp_path / "back.journal", 7
+                )  # the boot, four parts, and the small file: its part, and that it is whole
                 raise errors.DeniedError("the credentials were taken away")
             yield from super().stream(entry, start, stop)
 
@@ -263,7 +310,7 @@ def test_a_part_that_the_disk_lost_is_fetched_again(
     (tmp_path / "back").rename(tmp_path / "back.partial")
     large = next(e for e in listed if e.key.endswith("large"))
     data = (directory / "sub" / "large").read_bytes()
-    noted = Journal(tmp_path / "back.partial", tmp_path / "back.journal")
+    noted = Journal(tmp_path / "back.partial", tmp_path / "back.journal", local.boot_id())
     for start in range(0, 20 << 20, 4 << 20):
         noted.add_part(
             "sub/large", large, Part(start, start + (4 << 20), checksum.crc(data[start : start + (4 << 20)]))

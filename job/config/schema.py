@@ -26,7 +26,7 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     cache: str | None = None
     """Local scratch; by default the project's folder under $XDG_CACHE_HOME. Losing it costs time, nothing else."""
-    cache_limit: Annotated[ByteSize, Field(ge=0)] | None = None
+    cache_limit: Annotated[ByteSize, Field(gt=0)] | None = None
     """Such as 200GB: models, data and scratch that no running job uses are removed beyond it, the oldest first."""
     conditional_writes: Literal["required", "emulated"] = "required"
     """required: refuse a store on which two starts of a run could overwrite each other. emulated: you see to that."""

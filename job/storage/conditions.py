@@ -38,13 +38,11 @@ def _lacking(store: Store, key: str) -> str | None:
     except errors.UnsupportedError as e:
         return f"has no conditional writes ({e})"
     try:
-        if _wins(lambda: store.create(key, b"two")):
-            return "ignores If-None-Match"
-        return _lacking_replace(store, key)
+        lacking = "ignores If-None-Match" if _wins(lambda: store.create(key, b"two")) else _lacking_replace(store, key)
     except errors.UnsupportedError as e:
-        return f"has not all conditional writes ({e})"
-    finally:
-        store.delete(key)
+        lacking = f"has not all conditional writes ({e})"
+    store.delete(key)  # what a kill or another error leaves is removed when the run is done
+    return lacking
 
 
 def _lacking_replace(store: Store, key: str) -> str | None:

@@ -48,7 +48,7 @@ class Crew:
             self._stop.wait(seconds)
             self.check()
 
-        return patience.USUAL.keep_trying(attempt, self._retried, wait)
+        return patience.USUAL.keep_trying(attempt, self.retried, wait)
 
     def work(self, tasks: Iterable[Task]) -> None:
         """Do all `tasks`, several at once; raises the first error, when the others have stopped."""
@@ -83,7 +83,8 @@ class Crew:
         else:
             ended.put(None)
 
-    def _retried(self, error: errors.StoreError, tried: int) -> None:
+    def retried(self, error: errors.StoreError, tried: int) -> None:
+        """Count and say that something is tried again."""
         self.check()
         with self._lock:
             self.retries += 1

@@ -30,13 +30,14 @@ def pull(
     """
     with local.alone(target) as place:
         there = place.sealed()
-        if there and (expected is None or there == expected):
-            return there
         arriving, journal = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.journal")
+        if there and (expected is None or there == expected):
+            journal.unlink(missing_ok=True)  # left by a kill in the last moment
+            return there
         arriving.mkdir(exist_ok=True)
         named = {manifest.safe(entry.key.removeprefix(below)): entry for entry in entries}
         title = f"pull {source.url}/{below}".rstrip("/")
-        whole = _arrive(source, named, Journal(arriving, journal), title, expected)
+        whole = _arrive(source, named, Journal(arriving, journal, local.boot_id()), title, expected)
         _seal(arriving, whole)
         place.fill(arriving)
         journal.unlink(missing_ok=True)  # not before the rename: a kill between the two loses nothing
@@ -78,7 +79,12 @@ def _arrive(
         if attempt == _TRIES:
             raise errors.DamagedError(f"{damaged[0]}; it arrived so {attempt} times")
         log.warn("pull.again", f"{damaged[0]}; fetching it again", attempt=attempt, damaged=damaged)
-    return Manifest({name: file for name, entry in named.items() if (file := noted.whole(name, entry))})
+    whole = Manifest({name: file for name, entry in named.items() if (file := noted.whole(name, entry))})
+    if whole.files.keys() != named.keys() or (expected and whole != expected):
+        raise errors.ChangedError(
+            f"{source.url}: what is there is not what its manifest says: was it removed meanwhile?"
+        )
+    return whole
 
 
 def _receive(files: Sequence[Incoming], title: str, all_bytes: int) -> None:

@@ -24,20 +24,23 @@ class Part:
 
 
 class Journal:
-    """The journal at `path` of the partial directory `directory`."""
+    """The journal at `path` of the partial directory `directory`, on a machine whose start is named `boot`."""
 
-    def __init__(self, directory: Path, path: Path) -> None:
+    def __init__(self, directory: Path, path: Path, boot: str) -> None:
         self.directory, self._path, self._lock = directory, path, threading.Lock()
         self._parts: dict[tuple[str, str], dict[int, Part]] = {}
         self._whole: dict[tuple[str, str], File] = {}
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        for line in lines:
+        self._boot: str | None = None
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 self._take(json.loads(line))
-        if lines:
-            self._path.write_text(
-                "".join(f"{line}\n" for line in lines), encoding="utf-8"
-            )  # ends the line that was cut
+        if text and not text.endswith("\n"):
+            self._write("\n")  # ends the line that was cut
+        if self._boot != boot:
+            # Files are not flushed: after a restart of the machine only parts can be believed, by their CRC.
+            self._whole.clear()
+            self._append({"boot": boot})
 
     def parts(self, name: str, entry: Entry) -> dict[int, Part]:
         """The parts of `name` that were written of this version of `entry`, by where they begin."""
@@ -60,11 +63,19 @@ class Journal:
         self._append({"name": name, "version": entry.version, "forget": True})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self._lock:
+            self._write(json.dumps(line) + "\n")
             self._take(line)
 
+    def _write(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
     def _take(self, line: dict[str, Any]) -> None:
+        if "boot" in line:
+            self._boot = line["boot"]
+            self._whole.clear()
+            return
         key = (str(line["name"]), str(line["version"]))
         if line.get("forget"):
             self._parts.pop(key, None)

@@ -35,7 +35,7 @@ class Place:
         its memory only, every byte is hashed once.
         """
         there = manifest.sealed(self.path)
-        if there is None or self._mark.read_text(encoding="utf-8") in (_this_boot(), _CHECKED):
+        if there is None or self._mark.read_text(encoding="utf-8") in (boot_id(), _CHECKED):
             return there
         log.event("cache.check", f"{self.path} was written before this machine was started: reading it back once")
         if manifest.of(self.path) != there:
@@ -46,8 +46,8 @@ class Place:
 
     def fill(self, made: Path) -> None:
         """Make the sealed directory `made` the content, by rename."""
-        self._mark.write_text(_this_boot(), encoding="utf-8")
-        shutil.rmtree(self.path, ignore_errors=True)  # an earlier, damaged one: it was not sealed
+        shutil.rmtree(self.path, ignore_errors=True)  # an earlier, damaged one, gone before the mark vouches for it
+        self._mark.write_text(boot_id(), encoding="utf-8")
         made.rename(self.path)
 
 
@@ -115,5 +115,6 @@ def _got(handle: int, kind: int) -> bool:
     return True
 
 
-def _this_boot() -> str:
+def boot_id() -> str:
+    """What names this start of the machine."""
     return _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else "no boot id on this system"

@@ -9,6 +9,8 @@ from job.manifest import File
 from job.storage.crew import Crew
 from job.storage.store import Store, Upload
 
+_LEAVE_SECONDS = 0.2
+
 
 class Outgoing:
     """The local file at `path`, to become `key`.
@@ -33,7 +35,7 @@ class Outgoing:
 
     def send_next(self, crew: Crew) -> None:
         """Send the next part; with the last one that arrives, the file is there."""
-        number, data, upload = self._take()
+        number, data, upload = self._take(crew)
         crew.keep_trying(lambda: upload.send(number, data, crew.check))
         crew.advance(len(data))
         with self._lock:
@@ -54,14 +56,20 @@ class Outgoing:
             upload.leave()
 
     def _close(self) -> Upload | None:
-        with self._lock:
+        """The upload under way. Where a silent store keeps the lock busy, it is not waited for."""
+        if not self._lock.acquire(timeout=_LEAVE_SECONDS):
+            return None
+        try:
             upload, self._upload = self._upload, None
             if self._reading:
                 self._reading.close()
             return upload
+        finally:
+            self._lock.release()
 
-    def _take(self) -> tuple[int, bytes, Upload]:
+    def _take(self, crew: Crew) -> tuple[int, bytes, Upload]:
         with self._lock:
+            crew.check()  # nothing is begun after the crew was stopped
             if self._upload is None or self._reading is None:
                 self._upload = self._store.upload(self.key, self.size)
                 self._reading = self._path.open("rb")

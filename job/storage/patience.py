@@ -17,12 +17,12 @@ Outcome = TypeVar("Outcome")
 CONNECT_SECONDS = 10.0  # until a connection stands
 STALL_SECONDS = 30.0  # without a byte in either direction
 ANSWER_SECONDS = 60.0  # for a request that the store works on, such as putting a large object's parts together
-PART_SECONDS = 300.0  # for one part; about 110 kB/s, below which nobody can use what is pulled
+PART_SECONDS = 300.0  # for one try of a part; a try that brought something useful does not count as failed
 
 
 @dataclass(frozen=True)
 class Patience:
-    """At most `tries`, the last one not begun later than `seconds` after the first; pauses grow from `first` s."""
+    """At most `tries`, none begun later than `seconds` after the first failure; pauses grow from `first` seconds."""
 
     tries: int = 8
     seconds: float = 180.0
@@ -39,14 +39,15 @@ class Patience:
 
         Raises the last error, with what was tried, or at once what no further try can change.
         """
-        begun, tried = time.monotonic(), 0
+        failed, tried = 0.0, 0
         while True:
             try:
                 return attempt()
             except errors.StoreError as e:
+                failed = failed if tried else time.monotonic()
                 tried += 1
                 pause = random.uniform(0, min(self.longest, self.first * 2**tried))  # noqa: S311 - jitter, not a secret
-                passed = time.monotonic() - begun
+                passed = time.monotonic() - failed
                 if tried >= self.tries or passed + pause > self.seconds:
                     raise type(e)(f"{e} (gave up after {tried} tries in {passed:.0f} s)") from e
                 noted(e, tried)
@@ -54,3 +55,4 @@ class Patience:
 
 
 USUAL = Patience()
+BRIEF = Patience(tries=3, seconds=20.0)  # to tidy up after a failure

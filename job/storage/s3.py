@@ -164,7 +164,9 @@ class S3:
 
     def _target(self, key: str) -> s3_upload.Target:
         crc = getattr(self._client.meta.config, "request_checksum_calculation", None) != "when_required"
-        return s3_upload.Target(self.bucket, self.prefix + key, self._once, self._patiently, self._untold, crc=crc)
+        return s3_upload.Target(
+            self.bucket, self.prefix + key, self._once, self._patiently, self._briefly, self._untold, crc=crc
+        )
 
     def _once(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
         with self._explained(doing):
@@ -173,15 +175,19 @@ class S3:
     def _patiently(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
         return patience.USUAL.keep_trying(lambda: self._once(doing, request), _say_again)
 
+    def _briefly(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
+        return patience.BRIEF.keep_trying(lambda: self._once(doing, request), _say_again)
+
     @contextlib.contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
-        endpoint = self._client.meta.endpoint_url
+        client = self._client
         try:
-            with s3_errors.explained(f"{doing.strip()} in s3://{self.bucket}/{self.prefix}", endpoint):
+            with s3_errors.explained(f"{doing.strip()} in s3://{self.bucket}/{self.prefix}", client.meta.endpoint_url):
                 yield
         except errors.ExpiredError:
-            with self._renewing:  # another process may have put new ones where these came from
-                self._client, self._ranges = self._connected()
+            with self._renewing:  # somebody may have put new ones where these came from
+                if self._client is client:
+                    self._client, self._ranges = self._connected()
             raise
 
     def _connected(self) -> tuple["S3Client", Ranges]:

@@ -4,9 +4,11 @@ import contextlib
 import email.utils
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import boto3.exceptions
 import botocore.exceptions
+import urllib3.exceptions
 
 from job import errors
 
@@ -19,7 +21,8 @@ _UNABLE = (errors.UnsupportedError, "the store does not support this")
 _REFUSALS: dict[str, tuple[type[errors.JobError], str]] = {
     "NoSuchBucket": (errors.NotFoundError, "create the bucket or correct the URL"),
     "RequestTimeTooSkewed": (errors.PermanentError, "correct this machine's clock"),
-    "NoSuchUpload": (errors.NotFoundError, "start again"),
+    "NoSuchUpload": (errors.ChangedError, "somebody gave the upload up; start again"),
+    "400": (errors.ExpiredError, "it does not say why; perhaps the credentials expired"),  # a reply without a body
     **dict.fromkeys(MISSING, (errors.NotFoundError, "correct the URL")),
     **dict.fromkeys(("403", "AccessDenied", "AllAccessDisabled", "AccountProblem"), _DENIED),
     **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"), _DENIED),
@@ -27,16 +30,23 @@ _REFUSALS: dict[str, tuple[type[errors.JobError], str]] = {
     **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed"), _ELSEWHERE),
     **dict.fromkeys(("501", "NotImplemented", "405", "MethodNotAllowed", "EntityTooLarge"), _UNABLE),
 }
+_PASSING = (
+    *("RequestTimeout", "IncompleteBody", "BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"),
+    *("OperationAborted", "ConditionalRequestConflict", "PreconditionFailed"),
+)
+_PASSING_STATUS = (408, 409, 412, 425, 429)
 _RAISED = (
     boto3.exceptions.Boto3Error,
     botocore.exceptions.BotoCoreError,
     botocore.exceptions.ClientError,
+    urllib3.exceptions.HTTPError,
     ValueError,
 )
 _UNREACHED = (
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.ConnectionError,
     botocore.exceptions.IncompleteReadError,
+    urllib3.exceptions.HTTPError,  # of a body that is being read; botocore translates only some
 )
 _MISCONFIGURED = (
     botocore.exceptions.ParamValidationError,
@@ -56,6 +66,10 @@ def explained(what: str, endpoint: str) -> Iterator[None]:
         yield
     except _RAISED as e:
         raise _explain(e, what, endpoint) from e
+    except RuntimeError as e:
+        if "refreshed credentials are still expired" not in str(e):  # the only way in which botocore says so
+            raise
+        raise errors.ExpiredError(f"{what}: {e}; a new start may find new ones") from e
 
 
 def code(error: botocore.exceptions.ClientError) -> str:
@@ -80,11 +94,20 @@ def _explain(error: Exception, what: str, endpoint: str) -> errors.JobError:
 
 def _refused(error: botocore.exceptions.ClientError, what: str, endpoint: str) -> errors.JobError:
     name, message = code(error), error.response.get("Error", {}).get("Message", "")
-    kind, advice = _REFUSALS.get(name, (errors.StoreError, "a new start may succeed"))
+    kind, advice = _REFUSALS.get(name) or _unknown(name, error.response["ResponseMetadata"]["HTTPStatusCode"])
     if name == "RequestTimeTooSkewed":
         advice += _clocks(error)
     said = f"{endpoint} answered {name} {message}".rstrip(" .")
     return kind(f"{what}: {said}: {advice}")
+
+
+def _unknown(name: str, status: int) -> tuple[type[errors.JobError], str]:
+    """What an error that the table does not know means: whose fault it is, says the class of its HTTP status."""
+    if status == HTTPStatus.FORBIDDEN:
+        return _DENIED
+    if name in _PASSING or status in _PASSING_STATUS or not 400 <= status < 500:  # noqa: PLR2004 - the client errors
+        return errors.StoreError, "a new start may succeed"
+    return errors.PermanentError, "the store will not do this"
 
 
 def _clocks(error: botocore.exceptions.ClientError) -> str:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import boto3
 
@@ -19,7 +19,7 @@ from job.storage.store import Block
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
-    from obstore.store import ClientConfig, S3Credential
+    from obstore.store import ClientConfig, S3Credential, S3Store
 
 _BLOCK = 1 << 18  # blocks of a megabyte leave the processor's cache: they took up to twice the CPU time
 _SMALLEST_BLOCK = 1 << 16
@@ -40,11 +40,12 @@ class Ranges:
         """The bytes of `key` from `start` to before `stop`; what boto3 raises, and `errors.StoreError` of obstore."""
         doubted = getattr(self._mine, "doubted", False)  # this thread's last try failed, so find out why
         self._mine.doubted = False
-        if self._fast is None or doubted:
+        fast = self._fast
+        if fast is None or doubted:
             yield from self._slow(key, version, start, stop)
             return
         try:
-            yield from self._quick(key, version, start, stop)
+            yield from self._quick(fast, key, version, start, stop)
             self._succeeded += 1
         except _obstore_errors() as e:
             self._mine.doubted = True
@@ -54,10 +55,10 @@ class Ranges:
                 log.warn("store.fallback", f"reading through obstore fails too often ({_first(e)}): boto3 from now on")
             raise errors.StoreError(f"s3://{self._bucket}/{key}: the transfer failed: {_first(e)}") from e
 
-    def _quick(self, key: str, version: str, start: int, stop: int) -> Iterator[Block]:
+    def _quick(self, fast: "S3Store", key: str, version: str, start: int, stop: int) -> Iterator[Block]:
         import obstore
 
-        reply = obstore.get(self._fast, key, options={"range": (start, stop), "if_match": f'"{version}"'})
+        reply = obstore.get(fast, key, options={"range": (start, stop), "if_match": f'"{version}"'})
         _same_version(f"s3://{self._bucket}/{key}", reply.meta["e_tag"], version)
         for block in reply.stream(min_chunk_size=_SMALLEST_BLOCK):
             yield memoryview(block)
@@ -77,7 +78,7 @@ def _same_version(where: str, seen: str | None, wanted: str) -> None:
         raise errors.ChangedError(f"{where} was overwritten while it was read; start again")
 
 
-def _fast_store(session: boto3.session.Session, client: "S3Client", bucket: str) -> Any:  # noqa: ANN401 - obstore is optional
+def _fast_store(session: boto3.session.Session, client: "S3Client", bucket: str) -> "S3Store | None":
     """An obstore store with the endpoint and the credentials that boto3 uses; None where that is not possible."""
     try:
         from obstore.store import S3Store
@@ -97,7 +98,7 @@ def _fast_store(session: boto3.session.Session, client: "S3Client", bucket: str)
     }
     bundle = session._session.get_config_variable("ca_bundle")  # noqa: SLF001 - boto3 has no public way to ask
     if bundle:
-        options["root_certificate"] = Path(bundle).read_text(encoding="ascii")
+        options["root_certificate"] = Path(bundle).read_bytes()
 
     def renewed() -> "S3Credential":
         frozen = credentials.get_frozen_credentials()

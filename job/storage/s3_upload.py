@@ -9,6 +9,7 @@ import hashlib
 import io
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import botocore.exceptions
 from awscrt import checksums
 
 from job import errors, log
-from job.storage import checksum, s3_errors
+from job.storage import checksum, patience, s3_errors
 from job.storage.store import Check
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ _MD5 = re.compile(r"^[0-9a-f]{32}$")
 
 
 class Target:
-    """Where an upload goes, and how requests are made there: `once`, or `patiently`."""
+    """Where an upload goes, and how requests are made there: `once`, `patiently`, or `briefly`."""
 
-    def __init__(self, bucket: str, key: str, once: Ask, patiently: Ask, untold: threading.Event, *, crc: bool) -> None:
+    def __init__(
+        self, bucket: str, key: str, once: Ask, patiently: Ask, briefly: Ask, untold: threading.Event, *, crc: bool
+    ) -> None:
         self.place: dict[str, Any] = {"Bucket": bucket, "Key": key}
-        self.once, self.patiently, self.crc = once, patiently, crc
+        self.once, self.patiently, self.briefly, self.crc = once, patiently, briefly, crc
         self.untold = untold  # set when the store did not tell what is unfinished there
 
     def proof(self, data: bytes) -> dict[str, Any]:
@@ -198,15 +201,16 @@ def unfinished(target: Target) -> list[tuple[str, str]]:
     if target.untold.is_set():
         return []
     try:
-        return list(target.patiently("looking for unfinished uploads", request))
+        return list(target.briefly("looking for unfinished uploads", request))
     except errors.JobError as e:
-        target.untold.set()
+        if not isinstance(e, errors.StoreError):
+            target.untold.set()
         log.warn("push.unfinished", f"{e}. Uploads that a kill cut off are not gone on with, and stay in the bucket")
         return []
 
 
 def abort(target: Target, upload: str) -> None:
-    """Give up the multipart upload with the id `upload`, so that its parts do not stay in the bucket."""
+    """Give up the multipart upload with the id `upload`, so that its parts do not stay there; say if they do."""
 
     def request(s3: "S3Client") -> None:
         try:
@@ -215,7 +219,10 @@ def abort(target: Target, upload: str) -> None:
             if s3_errors.code(e) != "NoSuchUpload":
                 raise
 
-    target.patiently("giving up an upload", request)
+    try:
+        target.briefly("giving up an upload", request)
+    except errors.JobError as e:
+        log.warn("push.left", f"{e}. Its parts stay in the bucket")
 
 
 class _Body(io.BytesIO):
@@ -223,10 +230,12 @@ class _Body(io.BytesIO):
 
     def __init__(self, data: bytes, check: Check) -> None:
         super().__init__(data)
-        self._check = check
+        self._check, self._deadline = check, time.monotonic() + patience.PART_SECONDS
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._check()
+        if time.monotonic() > self._deadline:
+            raise errors.StoreError(f"a part was not sent after {patience.PART_SECONDS:.0f} s")
         return super().read(size)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from job import errors, log, manifest
+from job import errors, manifest
 from job.manifest import File, Manifest
 from job.storage import checksum, crew
 from job.storage.directory import sealed, sizes
@@ -26,8 +26,8 @@ def push(store: Store, directory: Path, prefix: str) -> Manifest:
     same = _same(store, paths, there, theirs)
     if theirs and same == theirs.files and same.keys() == paths.keys():
         return theirs
-    if theirs:
-        store.delete(prefix + manifest.NAME)  # from here on the old content is no longer whole
+    if manifest.NAME in there:
+        store.delete(prefix + manifest.NAME)  # from here on the old content is no longer whole, nor a part of it
     sent = _send(store, prefix, {name: path for name, path in paths.items() if name not in same})
     whole = Manifest({**same, **sent})
     _clear(store, prefix, whole)
@@ -60,7 +60,7 @@ def _send(store: Store, prefix: str, paths: Mapping[str, Path]) -> dict[str, Fil
     files = {name: Outgoing(store, path, prefix + name) for name, path in paths.items()}
     largest_first = sorted(files.values(), key=lambda file: -file.size)
     with (
-        _concluded(largest_first),
+        _concluded(store, prefix, largest_first),
         crew.crew("push.transfer", f"push {store.url}/{prefix}", sum(file.size for file in largest_first)) as hands,
     ):
         hands.work(partial(file.send_next, hands) for file in largest_first for _ in range(file.parts))
@@ -68,16 +68,14 @@ def _send(store: Store, prefix: str, paths: Mapping[str, Path]) -> dict[str, Fil
 
 
 @contextlib.contextmanager
-def _concluded(files: Sequence[Outgoing]) -> Iterator[None]:
+def _concluded(store: Store, prefix: str, files: Sequence[Outgoing]) -> Iterator[None]:
     """Leave nothing unfinished after a failure; after a request to stop, what a later start can go on with."""
     try:
         yield
     except Exception:
         for file in files:
-            try:
-                file.abort()
-            except errors.JobError as e:
-                log.warn("push.left", f"an unfinished upload may be left: {e}")
+            file.abort()
+        store.sweep(prefix)
         raise
     except BaseException:
         for file in files:
