@@ -110,6 +110,24 @@ def test_what_arrived_before_a_kill_is_not_fetched_again(bucket: str, directory:
     assert manifest.of(target) == manifest.of(directory)
 
 
+@pytest.mark.parametrize("program", [PULL, PUSH], ids=["pull", "push"])
+def test_memory_does_not_grow_with_the_file(program: str, bucket: str, tmp_path: Path) -> None:
+    """An upload holds a part for each connection, a download less, whatever the size of the file."""
+    made, sizes = tmp_path / "made", (64 << 20, 512 << 20)
+    made.mkdir()
+    peaks = []
+    for size in sizes:
+        with (made / "large").open("wb") as file:
+            file.truncate(size)
+        if program == PULL:
+            storage.push(storage.connect(f"s3://{bucket}/run"), made, "merged/")
+        process = begun(f"{program}; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)",
+                        f"s3://{bucket}/run", tmp_path / str(size) if program == PULL else made)  # fmt: skip
+        peaks.append(int(process.communicate()[0]) << 10)
+
+    assert peaks[1] < peaks[0] + (32 << 20)
+
+
 def arrived(journal: Path) -> int:
     """The bytes of which a journal speaks; its last line may have been cut."""
     lines = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
