@@ -106,7 +106,8 @@ def said() -> Iterator[Callable[[], str]]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little patience with a store in this process, so that a test of what it cannot survive ends soon."""
-    monkeypatch.setattr(patience, "USUAL", patience.Patience(tries=3, first=0.01))
+    for name in ("USUAL", "FIRST"):
+        monkeypatch.setattr(patience, name, patience.Patience(tries=3, first=0.01))
 
 
 @pytest.fixture

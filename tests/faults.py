@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import urlsplit
 
-_LONG = 8.0  # seconds; the tests' patience with a silent store is 2
+_LONG = 8.0  # seconds; the tests' patience with a silent store is 1
 
 
 @dataclass

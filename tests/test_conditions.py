@@ -96,13 +96,14 @@ def test_the_job_says_so_in_its_first_seconds(
     tiny_run: Callable[..., Path], job: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     """Before anything is pulled; the config decides."""
-    config = tiny_run(run={"url": "s3://bucket/run"}, train={"max_steps": 2})
+    config = tiny_run(run={"url": "s3://bucket/run"})
 
-    refused = job("validate", config)
-    allowed = job("run", config, "--set", "run.conditional_writes=emulated")
+    refused = job("run", config)
+    allowed = job("validate", config, "--set", "run.conditional_writes=emulated")
 
     assert refused.returncode == 64, refused.stderr
     assert "ignores If-None-Match" in refused.stderr
+    assert "LoRA" not in refused.stderr
     assert allowed.returncode == 0, allowed.stderr
     assert "NOTHING protects this run" in allowed.stderr
 

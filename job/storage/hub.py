@@ -43,7 +43,7 @@ class Hub:
         return f"hf://{self.repository}@{self.revision}"
 
     def list(self, prefix: str = "") -> list[Entry]:
-        files = [f for f in patience.USUAL.keep_trying(self._listing, _say_again) if f.rfilename.startswith(prefix)]
+        files = [f for f in patience.FIRST.keep_trying(self._listing, _say_again) if f.rfilename.startswith(prefix)]
         # The version names the content: SHA-256 of large files, git's blob id of small ones.
         return sorted(
             (Entry(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else f.blob_id or "") for f in files),

@@ -37,6 +37,7 @@ class S3:
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
+        self._answered = False
         self._renewing, self._untold = threading.Lock(), threading.Event()
         self._client, self._ranges = self._connected()
 
@@ -170,10 +171,13 @@ class S3:
 
     def _once(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
         with self._explained(doing):
-            return request(self._client)
+            outcome = request(self._client)
+        self._answered = True
+        return outcome
 
     def _patiently(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
-        return patience.USUAL.keep_trying(lambda: self._once(doing, request), _say_again)
+        enough = patience.USUAL if self._answered else patience.FIRST
+        return enough.keep_trying(lambda: self._once(doing, request), _say_again)
 
     def _briefly(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
         return patience.BRIEF.keep_trying(lambda: self._once(doing, request), _say_again)
