@@ -29,6 +29,7 @@ class Request:
     content: bytes = b""
     send: int | None = None  # bytes of the content that are sent; all if None
     pause: float = 0.0  # seconds before the connection is closed
+    pace: float = 0.0  # seconds before every byte of the content
 
     @property
     def part(self) -> bool:
@@ -86,6 +87,12 @@ def stall(request: Request, forward: Forward) -> None:
     if not request.content:
         time.sleep(_LONG)
         raise DroppedError
+
+
+def trickle(request: Request, forward: Forward) -> None:
+    """Every byte comes soon enough, and all of them never."""
+    forward(request)
+    request.pace = 0.2
 
 
 def flip(request: Request, forward: Forward) -> None:
@@ -191,7 +198,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         whole = request.content if request.send is None else request.content[: request.send]
-        if self.command != "HEAD":
+        if self.command != "HEAD" and request.pace:
+            for number in range(len(whole)):
+                time.sleep(request.pace)
+                self.wfile.write(whole[number : number + 1])
+        elif self.command != "HEAD":
             self.wfile.write(whole)
         if request.send is not None:
             time.sleep(request.pause)

@@ -170,6 +170,114 @@ def test_small_requests_are_tried_again_too(fault: Fault, doing: str, proxy: Pro
     assert bool(outcome) is (doing in ("read", "list", "sealed"))
 
 
+BETWEEN: dict[str, Callable[[Request], bool]] = {
+    "begin": lambda request: request.method == "POST" and "uploads" in request.path,
+    "complete": lambda request: request.method == "POST" and "uploadId" in request.path,
+    "unfinished": lambda request: request.method == "GET" and "uploads" in request.path,
+}
+
+
+@pytest.mark.parametrize("asked", BETWEEN)
+@pytest.mark.parametrize("fault", [PASSING[name] for name in ("500", "503", "reset", "lost reply", "truncated")])
+def test_what_frames_the_parts_of_an_upload_is_tried_again(
+    fault: Fault, asked: str, proxy: Proxy, s3_server: S3, bucket: str, directory: Path
+) -> None:
+    """Also an upload that was begun twice, because the first answer got lost, leaves nothing behind."""
+    store, left = storage.connect(f"s3://{bucket}/run"), iter([fault])
+    proxy.chosen = lambda request, _: next(left, None) if BETWEEN[asked](request) else None
+
+    sent = storage.push(store, directory, "merged/")
+
+    assert proxy.hurt == 1
+    assert storage.sealed(store, "merged/") == sent == manifest.of(directory)
+    assert not unfinished(s3_server, bucket)
+
+
+@pytest.mark.parametrize("fault", [PASSING[name] for name in ("500", "503", "reset")])
+def test_the_stores_checksum_is_asked_for_again(
+    fault: Fault, proxy: Proxy, s3_server: S3, bucket: str, directory: Path, tmp_path: Path
+) -> None:
+    """A model of others' has no manifest; a HEAD that fails must not mean that nothing is known of the file."""
+    s3_server.upload(directory, bucket, "theirs")
+    store, left = storage.connect(f"s3://{bucket}/theirs"), iter([fault, fault])
+    proxy.chosen = lambda request, _: next(left, None) if request.method == "HEAD" else None
+
+    got = storage.pull(store, store.list(), tmp_path / "back")
+
+    assert proxy.hurt == 2
+    assert got == manifest.of(directory)
+
+
+@pytest.mark.usefixtures("reader")
+def test_a_trickle_is_not_waited_for(
+    proxy: Proxy, bucket: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    """A byte now and then keeps every time-out of the network from striking; a part has a deadline besides."""
+    monkeypatch.setattr(patience, "PART_SECONDS", 2.0)
+    store = storage.connect(f"s3://{bucket}/run")
+    sent = storage.push(store, directory, "merged/")
+    proxy.hurt_part(faults.trickle, (0, 1))
+
+    got = storage.fetch(store, "merged/", tmp_path / "back")
+
+    assert proxy.hurt == 2
+    assert got == sent == manifest.of(tmp_path / "back")
+    assert "trying again" in said()
+
+
+def test_a_trickle_of_a_small_object_is_not_waited_for(
+    proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease is read soon or not at all."""
+    monkeypatch.setattr(patience, "PART_SECONDS", 1.0)
+    store, left = storage.connect(f"s3://{bucket}/run"), iter([faults.trickle])
+    store.put("lease.json", b"owner one")
+    proxy.chosen = lambda _request, _number: next(left, None)
+
+    blob = store.read("lease.json")
+
+    assert proxy.hurt == 1
+    assert blob
+    assert blob.data == b"owner one"
+
+
+def test_a_store_that_knows_no_newer_checksum_gets_an_md5(
+    proxy: Proxy, s3_server: S3, bucket: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the AWS setting for such stores says; flipped bytes are noticed no less."""
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    store = storage.connect(f"s3://{bucket}/run")
+    proxy.hurt_part(faults.flip, PLACES)
+    hurts, seen = proxy.chosen, list[Request]()
+
+    def chosen(request: Request, number: int) -> Fault | None:
+        seen.append(request)
+        return hurts(request, number)
+
+    proxy.chosen = chosen
+
+    sent = storage.push(store, directory, "merged/")
+
+    assert proxy.hurt == len(PLACES)
+    assert all(request.header("Content-MD5") for request in seen if request.part)
+    assert not [name for request in seen for name in request.headers if "-crc" in name.lower()]
+    assert storage.fetch(store, "merged/", tmp_path / "back") == sent == manifest.of(directory)
+    assert not unfinished(s3_server, bucket)
+
+
+def test_a_store_that_answers_is_given_more_time_than_one_that_never_did(
+    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong URL is told soon; a store that is overloaded when the job starts is waited for."""
+    monkeypatch.setattr(patience, "FIRST", patience.Patience(tries=3, first=0.01))
+    store, overloaded = storage.connect(f"s3://{bucket}/run"), iter([faults.says(503, "SlowDown")] * 4)
+    proxy.chosen = lambda _request, _number: next(overloaded, None)
+
+    store.put("x", b"1")
+
+    assert proxy.hurt == 4, "more than the first patience has"
+
+
 def test_a_flipped_byte_in_a_small_object_is_noticed(proxy: Proxy, bucket: str) -> None:
     """A lease or a manifest is checked like any file."""
     store = storage.connect(f"s3://{bucket}/run")

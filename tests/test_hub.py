@@ -3,24 +3,33 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from conftest import files
+from conftest import ROOT, files
+
+from job import manifest
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 COMMIT = "c" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One repository, org/tiny, at one commit; `damaged` names a file whose bytes are flipped on the way."""
+    """One repository, org/tiny, at one commit.
+
+    `damaged` names a file whose bytes are flipped on the way; `hurts` are done to the next requests for that file.
+    """
 
     folder: Path
     damaged = ""
+    hurts: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         self._answer()
@@ -54,24 +63,33 @@ class Hub(BaseHTTPRequestHandler):
 
     def _file(self, name: str) -> None:
         data = bytearray((self.folder / name).read_bytes())
-        if name == self.damaged:
+        hurt = self.hurts.pop(0) if name == self.damaged and self.hurts else "flipped"
+        if name == self.damaged and hurt == "flipped":
             data[-1] ^= 1
+        start, stop = re.findall(r"\d+", self.headers["Range"])
+        piece = bytes(data[int(start) : int(stop) + 1])
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        self._send(bytes(data), headers)
+        if name == self.damaged and hurt == "503":
+            self._send(b"", {}, 503)
+        elif name == self.damaged and hurt == "truncated":
+            self._send(piece, headers, 206, whole=False)
+        else:
+            self._send(piece, headers, 206)
 
-    def _send(self, data: bytes, headers: dict[str, str], status: int = 200) -> None:
+    def _send(self, data: bytes, headers: dict[str, str], status: int = 200, *, whole: bool = True) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(data)
+            self.wfile.write(data if whole else data[: len(data) // 2])
+        self.close_connection = not whole
 
 
 @pytest.fixture
 def hub(tiny_model: Path) -> Iterator[dict[str, str]]:
     """A running Hub; returns the environment that makes the job use it."""
-    Hub.folder, Hub.damaged = tiny_model, ""
+    Hub.folder, Hub.damaged, Hub.hurts = tiny_model, "", []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
@@ -91,6 +109,27 @@ def test_a_base_comes_from_the_hub(
         json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == "hf://org/tiny@main"
     )
+
+
+def test_a_hub_with_hiccups_delivers_in_the_end(hub: dict[str, str], tmp_path: Path, tiny_model: Path) -> None:
+    """Overload, bodies that break off, a flipped byte: what is pulled in the end is what the Hub has."""
+    Hub.damaged = "model.safetensors"
+    Hub.hurts = ["503", "truncated", "flipped", "truncated", "none"]
+    program = (
+        "import sys; from pathlib import Path; from job import log, storage; log.to_people(sys.stderr);"
+        "hub = storage.source('hf://org/tiny@main'); storage.pull(hub, hub.list(), Path(sys.argv[1]))"
+    )
+
+    outcome = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "back")],
+        cwd=ROOT, env=hub, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert not Hub.hurts
+    assert manifest.of(tmp_path / "back") == manifest.of(tiny_model)
+    assert outcome.stderr.count("trying again") == 3
+    assert outcome.stderr.count("damaged on the way: SHA256") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, S3, files
+from faults import Forward, Proxy, Request
 
 from job import log, manifest, storage
 
@@ -108,6 +110,61 @@ def test_what_arrived_before_a_kill_is_not_fetched_again(bucket: str, directory:
 
     assert f"{log.size(there)} are here from an earlier start" in told
     assert manifest.of(target) == manifest.of(directory)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_what_was_sent_before_a_stop_is_not_sent_again(
+    stop: signal.Signals, s3_server: S3, bucket: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an upload in parts, the second start sends those that are missing, and finishes it."""
+    url, sent = f"s3://{bucket}/run", list[str]()
+    push = PUSH.replace("store =", "from job import preemption; preemption.Notice().listen(); store =")
+
+    def arrives(request: Request, forward: Forward) -> None:
+        forward(request)
+        sent.append(f"{request.path.partition('?')[0]} {re.findall('partNumber=([0-9]+)', request.path)}")
+
+    with Proxy(s3_server.environ["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.chosen = lambda request, _: arrives if "partNumber" in request.path else None
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        process = begun(push, url, directory)
+        while len(sent) < 3:
+            time.sleep(0.001)
+        process.send_signal(stop)
+        before = {*sent}
+        process.communicate()
+        assert storage.sealed(storage.connect(url), "merged/") is None
+        time.sleep(1)  # what the proxy has already still reaches the server
+        first = {*sent}
+        sent.clear()
+        finished(push, url, directory)
+        assert storage.sealed(storage.connect(url), "merged/") == manifest.of(directory)
+
+    assert not before & {*sent}
+    assert len(first | {*sent}) == 80 / 16 + 3
+    assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket=bucket)
+
+
+def test_a_full_disk_ends_a_pull_and_loses_nothing(bucket: str, directory: Path, tmp_path: Path) -> None:
+    """At once, not after many tries; when there is room, the pull goes on."""
+    url, disk = f"s3://{bucket}/run", tmp_path / "disk"
+    sent = storage.push(storage.connect(url), directory, "merged/")
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a disk to fill it")
+    try:
+        process = begun(PULL, url, disk / "merged")
+        _, told = process.communicate(timeout=30)
+        assert "No space left on device" in told
+        assert "again" not in told
+        assert not (disk / "merged").exists()
+        subprocess.run(["mount", "-o", "remount,size=256m", disk], check=True)
+        told = finished(PULL, url, disk / "merged")
+        assert manifest.of(disk / "merged") == sent
+        assert "are here from an earlier start" in told
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("program", [PULL, PUSH], ids=["pull", "push"])

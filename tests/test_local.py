@@ -109,6 +109,18 @@ def test_half_pulled_models_go_too(shelves: list[Path]) -> None:
     assert not files(shelves[0]) - {"half.use"}
 
 
+def test_what_is_being_pulled_stays(shelves: list[Path]) -> None:
+    """Another job that needs room does not take it from a pull that is under way."""
+    with storage.used(shelves[0] / "coming"):
+        half = shelves[0] / "coming.partial"
+        half.mkdir(parents=True)
+        (half / "file").write_bytes(bytes(MB))
+
+        storage.make_room(shelves, needed=MB, limit=MB)
+
+        assert (half / "file").exists()
+
+
 def test_without_a_limit_the_disk_is_the_limit(shelves: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody uses makes room for what is needed."""
     place = put(shelves[0] / "old")

@@ -463,6 +463,19 @@ def test_what_s3_refuses_is_explained(
         assert caught.value.status == (1 if fault == "endpoint" else 64)
 
 
+def test_more_files_than_a_store_lists_at_once(bucket: str, tmp_path: Path) -> None:
+    """S3 names 1000 objects in an answer; a directory of more is as whole as any."""
+    made, store = tmp_path / "made", storage.connect(f"s3://{bucket}/run")
+    made.mkdir()
+    for number in range(1100):
+        (made / f"{number}").write_bytes(b"%d" % number)
+
+    sent = storage.push(store, made, "merged/")
+
+    assert storage.push(store, made, "merged/") == sent == manifest.of(made)
+    assert storage.fetch(store, "merged/", tmp_path / "back") == sent
+
+
 def test_an_unknown_kind_of_store_is_refused() -> None:
     """The message names the kinds there are."""
     with pytest.raises(errors.ConfigError, match="use s3://bucket/prefix or file:///absolute/path"):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 _SHA256_DIGITS = 64
-_BLOCK = 1 << 18
 _UNREACHED = (httpx2.TransportError, hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError)
 _DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _MISSING = (
@@ -69,7 +68,7 @@ class Hub:
                 raise errors.UnsupportedError(
                     f"{self.url}/{entry.key}: the Hub at {where} does not send parts of files"
                 )
-            yield from reply.iter_bytes(_BLOCK)
+            yield from reply.iter_bytes()  # as they come: who collects larger blocks cannot see a trickle
 
     def checksum(self, entry: Entry) -> Expected:
         if len(entry.version) == _SHA256_DIGITS:

@@ -55,5 +55,5 @@ class Patience:
 
 
 USUAL = Patience()
-FIRST = Patience(tries=5)  # until a store has answered once: what never did is more likely a wrong URL than a pause
+FIRST = Patience(tries=5)  # until a store has answered anything: what never did is more likely a wrong URL than a pause
 BRIEF = Patience(tries=3, seconds=20.0)  # to tidy up after a failure

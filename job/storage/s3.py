@@ -15,9 +15,8 @@ import botocore.config
 import botocore.exceptions
 
 from job import errors, log
-from job.storage import checksum, patience, s3_errors, s3_upload
+from job.storage import checksum, patience, s3_errors, s3_ranges, s3_upload
 from job.storage.checksum import Expected
-from job.storage.s3_ranges import Ranges
 from job.storage.store import Blob, Block, Entry, Upload
 
 if TYPE_CHECKING:
@@ -95,10 +94,12 @@ class S3:
                 if s3_errors.code(e) in s3_errors.MISSING:
                     return None
                 raise
-            data = reply["Body"].read()
+            data = b"".join(s3_ranges.arriving(reply["Body"]))
             seen = checksum.Running(checksum.expected(dict(reply), None))
             seen.update(data)
-            if damage := seen.mismatch():
+            short = len(data) != reply["ContentLength"]
+            damage = f"{len(data)} of {reply['ContentLength']} bytes came" if short else seen.mismatch()
+            if damage:
                 raise errors.DamagedError(f"{self.url}/{key}: damaged on the way: {damage}")
             return Blob(data, reply["ETag"])
 
@@ -171,13 +172,25 @@ class S3:
 
     def _once(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
         with self._explained(doing):
-            outcome = request(self._client)
-        self._answered = True
-        return outcome
+            try:
+                outcome = request(self._client)
+            except botocore.exceptions.ClientError:
+                self._answered = True
+                raise
+            self._answered = True
+            return outcome
 
     def _patiently(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
-        enough = patience.USUAL if self._answered else patience.FIRST
-        return enough.keep_trying(lambda: self._once(doing, request), _say_again)
+        def attempt() -> Outcome:
+            return self._once(doing, request)
+
+        if not self._answered:
+            try:
+                return patience.FIRST.keep_trying(attempt, _say_again)
+            except errors.StoreError:
+                if not self._answered:
+                    raise
+        return patience.USUAL.keep_trying(attempt, _say_again)
 
     def _briefly(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
         return patience.BRIEF.keep_trying(lambda: self._once(doing, request), _say_again)
@@ -194,11 +207,11 @@ class S3:
                     self._client, self._ranges = self._connected()
             raise
 
-    def _connected(self) -> tuple["S3Client", Ranges]:
+    def _connected(self) -> tuple["S3Client", s3_ranges.Ranges]:
         with s3_errors.explained(f"connecting to s3://{self.bucket}", "S3"):
             session = boto3.session.Session()
             client: S3Client = session.client("s3", config=_config())
-        return client, Ranges(session, client, self.bucket)
+        return client, s3_ranges.Ranges(session, client, self.bucket)
 
 
 def _config() -> botocore.config.Config:

@@ -4,12 +4,12 @@ obstore does one thing here: it reads a range, once. What fails is tried again t
 wrong. Measured side by side in benchmarks/storage.py; docs/decisions.md has the figures and the choice.
 """
 
-import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import boto3
 
@@ -18,8 +18,10 @@ from job.storage import patience
 from job.storage.store import Block
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from mypy_boto3_s3.client import S3Client
     from obstore.store import ClientConfig, S3Credential, S3Store
+    from urllib3.response import BaseHTTPResponse
 
 _BLOCK = 1 << 18  # blocks of a megabyte leave the processor's cache: they took up to twice the CPU time
 _SMALLEST_BLOCK = 1 << 16
@@ -68,9 +70,21 @@ class Ranges:
             Bucket=self._bucket, Key=key, IfMatch=f'"{version}"', Range=f"bytes={start}-{stop - 1}"
         )
         _same_version(f"s3://{self._bucket}/{key}", reply["ETag"], version)
-        with contextlib.closing(reply["Body"]) as body:
-            while block := body.read(_BLOCK):
-                yield block
+        yield from arriving(reply["Body"])
+
+
+def arriving(body: "StreamingBody") -> Iterator[bytes]:
+    """What comes of `body`, as it comes: who waits for blocks of a given size cannot see that it only trickles.
+
+    Raises `errors.StoreError` if it is not over in time, and what urllib3 raises. May end early without an error.
+    """
+    deadline = time.monotonic() + patience.PART_SECONDS
+    with body as opened:
+        raw = cast("BaseHTTPResponse", opened)  # so says botocore's source, not its stubs
+        while block := raw.read1(_BLOCK):
+            yield block
+            if time.monotonic() > deadline:
+                raise errors.StoreError(f"a reply was not over after {patience.PART_SECONDS:.0f} s")
 
 
 def _same_version(where: str, seen: str | None, wanted: str) -> None:

@@ -52,7 +52,7 @@ class Target:
         """
         etag = str(reply["ETag"]).strip('"')
         encrypted = str(reply.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in reply
-        if self.crc and "ChecksumCRC64NVME" not in reply and _MD5.match(etag) and not encrypted:
+        if "ChecksumCRC64NVME" not in reply and _MD5.match(etag) and not encrypted:
             mine = _md5(data).hexdigest()
             if etag != mine:
                 raise errors.DamagedError(f"{self}: damaged on the way: MD5 was {mine}, the store has {etag}")
