@@ -41,6 +41,7 @@ def story(
     store, cache = storage.connect(config.run.url), _cache(config, environ)
     lease.agree(store, config)
     if record := publish.finished(store, config):
+        notice.conclude()  # a request to stop changes nothing any more
         _say_done("this run is done already", config, record)
         return
     trained = all(storage.sealed(store, place) for place in (paths.REPORT, paths.ADAPTER))
@@ -71,6 +72,7 @@ def story(
         store, report.write(config, facts, pull.artefact(store, paths.REPORT, cache), store.url), paths.REPORT
     )
     record = publish.done(store, config, facts, attempt)
+    notice.conclude()
     shutil.rmtree(cache.work(""))
     _say_done("done", config, record)
 

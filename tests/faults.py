@@ -169,6 +169,7 @@ class Proxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for an acknowledgement of its headers
     owner: Proxy
 
     def log_message(self, *_: object) -> None:
