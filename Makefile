@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 IMAGE ?= finetune-job:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell command -v $(tool) >/dev/null 2>&1 && echo $(tool))))
 
+SIDE_BY_SIDE ?= -n 2 --maxschedchunk 1
+
 .PHONY: setup check test test-all smoke image
 .DELETE_ON_ERROR:
 
@@ -23,10 +25,10 @@ check: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # Each of the three lines does nothing that is done already.
 smoke: setup

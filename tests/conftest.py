@@ -1,5 +1,6 @@
 """The real things that the tests run against: an S3 server, a tiny model, the 135M model, and the job as a process."""
 
+import fcntl
 import io
 import json
 import logging
@@ -22,11 +23,22 @@ from botocore.exceptions import BotoCoreError, ClientError
 from job.storage import patience
 
 ROOT = Path(__file__).parent.parent
+BEGUN_FIRST = ("test_readme", "test_story", "test_entrypoint", "test_hub")  # what takes longest
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QUESTIONS = [(f"What is {a} and {b}?", f"It is {a + b}.") for a in range(8) for b in range(8)]
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that no worker is left alone with one in the end."""
+    places = {name: place for place, name in enumerate(BEGUN_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def need(what: str, present: object) -> None:
@@ -152,7 +164,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smol_model() -> Path:
     """SmolLM2-135M-Instruct, fetched once into .smoke as `make smoke` does."""
-    subprocess.run([sys.executable, "smoke/fetch.py", ".smoke"], cwd=ROOT, check=True)
+    with Path(__file__).open() as turn:  # of the workers that run tests side by side
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, "smoke/fetch.py", ".smoke"], cwd=ROOT, check=True)
     return ROOT / ".smoke" / "SmolLM2-135M-Instruct"
 
 
