@@ -476,6 +476,26 @@ def test_more_files_than_a_store_lists_at_once(bucket: str, tmp_path: Path) -> N
     assert storage.fetch(store, "merged/", tmp_path / "back") == sent
 
 
+def test_a_folder_that_becomes_empty_takes_no_file_with_it(tmp_path: Path) -> None:
+    """Deleting the last file of a folder removes the folder, also while somebody else puts a file there."""
+    store = storage.connect((tmp_path / "store").as_uri())
+
+    def come_and_go() -> None:
+        for number in range(500):
+            store.put(f"attempts/one/{number}", b"1")
+            store.delete(f"attempts/one/{number}")
+
+    busy = threading.Thread(target=come_and_go)
+    busy.start()
+    for number in range(500):
+        store.create(f"attempts/one/other{number}", b"1")
+        assert f"attempts/one/other{number}" in {entry.key for entry in store.list()}
+        store.delete(f"attempts/one/other{number}")
+    busy.join()
+
+    assert store.list() == []
+
+
 def test_an_unknown_kind_of_store_is_refused() -> None:
     """The message names the kinds there are."""
     with pytest.raises(errors.ConfigError, match="use s3://bucket/prefix or file:///absolute/path"):

@@ -11,7 +11,7 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from job import errors, manifest
@@ -21,6 +21,7 @@ _PRIVATE = ".store"  # temporary files and the lock, below the root
 _STALE_SECONDS = 24 * 3600
 _BLOCK = 1 << 18
 _PART = 16 << 20
+_TRIES = 100  # to put a file into a folder that others remove
 
 
 class Folder:
@@ -34,11 +35,13 @@ class Folder:
         return self.root.as_uri()
 
     def list(self, prefix: str = "") -> list[Entry]:
-        base = self.root / prefix.rpartition("/")[0]
-        found = ((p, p.relative_to(self.root).as_posix()) for p in base.rglob("*") if p.is_file())
-        entries = (
-            self._entry(p, key) for p, key in found if key.startswith(prefix) and not key.startswith(f"{_PRIVATE}/")
-        )
+        entries = []
+        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], onerror=_unless_gone):
+            for path in (Path(folder) / name for name in names):
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix) and not key.startswith(f"{_PRIVATE}/") and path.is_file():
+                    with contextlib.suppress(FileNotFoundError):  # somebody deleted it just now
+                        entries.append(self._entry(path, key))
         return sorted(entries, key=lambda e: e.key)
 
     def path(self, entry: Entry) -> Path:
@@ -65,15 +68,15 @@ class Folder:
         return Blob(data, manifest.sha256_of(data))
 
     def put(self, key: str, data: bytes) -> None:
-        with self._temporary(key) as temporary:
+        with self._temporary() as temporary:
             _write(temporary, data)
-            temporary.rename(self.root / key)
+            _into_place(temporary, self.root / key, temporary.rename)
 
     def create(self, key: str, data: bytes) -> None:
-        with self._temporary(key) as temporary:
+        with self._temporary() as temporary:
             _write(temporary, data)
-            try:
-                os.link(temporary, self.root / key)  # unlike rename, link refuses an existing name
+            try:  # unlike rename, link refuses an existing name
+                _into_place(temporary, self.root / key, lambda target: os.link(temporary, target))
             except FileExistsError as e:
                 # Over NFS a link whose reply was lost is tried again and finds itself: link(2), open(2).
                 if not temporary.samefile(self.root / key):
@@ -82,7 +85,7 @@ class Folder:
                 raise _unable(e, self.root, "hard links") from e
 
     def replace(self, key: str, data: bytes, version: str) -> None:
-        with self._temporary(key) as temporary, (self.root / _PRIVATE / "lock").open("w") as lock:
+        with self._temporary() as temporary, (self.root / _PRIVATE / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as e:
@@ -91,13 +94,13 @@ class Folder:
             if there is None or there.version != version:
                 raise errors.ConflictError(f"{self.url}/{key} was changed by somebody else")
             _write(temporary, data)
-            temporary.rename(self.root / key)
+            _into_place(temporary, self.root / key, temporary.rename)
 
     def part_size(self, _size: int) -> int:
         return _PART
 
     def upload(self, key: str, size: int) -> Upload:
-        return _FolderUpload(self._part(key), self.root / key, size)
+        return _FolderUpload(self._part(), self.root / key, size)
 
     def sweep(self, prefix: str) -> None:
         """Nothing is known of unfinished uploads but their age: what killed writers left is swept after a day."""
@@ -116,18 +119,17 @@ class Folder:
         return Entry(key, seen.st_size, f"{seen.st_mtime_ns}-{seen.st_ino}")
 
     @contextlib.contextmanager
-    def _temporary(self, key: str) -> Iterator[Path]:
-        temporary = self._part(key)
+    def _temporary(self) -> Iterator[Path]:
+        temporary = self._part()
         try:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _part(self, key: str) -> Path:
+    def _part(self) -> Path:
         """A name on the same file system; what killed writers left there is swept after a day."""
         private = self.root / _PRIVATE
         private.mkdir(parents=True, exist_ok=True)
-        (self.root / key).parent.mkdir(parents=True, exist_ok=True)
         for left in private.glob("*.part"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > _STALE_SECONDS:
@@ -151,12 +153,30 @@ class _FolderUpload:
     def finish(self) -> None:
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
-        self._temporary.rename(self._target)
+        _into_place(self._temporary, self._target, self._temporary.rename)
 
     def abort(self) -> None:
         self._temporary.unlink(missing_ok=True)
 
     leave = abort
+
+
+def _into_place(temporary: Path, target: Path, move: Callable[[Path], object]) -> None:
+    """Give `temporary` its name by `move`, in a folder that somebody's `delete` may just have removed as empty."""
+    for left in reversed(range(_TRIES)):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            move(target)
+        except FileNotFoundError:
+            if not left or not temporary.exists():
+                raise
+        else:
+            return
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _unable(error: OSError, root: Path, what: str) -> errors.JobError | OSError:
