@@ -165,7 +165,8 @@ def _into_place(temporary: Path, target: Path, move: Callable[[Path], object]) -
     """Give `temporary` its name by `move`, in a folder that somebody's `delete` may just have removed as empty."""
     for left in reversed(range(_TRIES)):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # so says mkdir also when the folder goes while it looks
+                target.parent.mkdir(parents=True, exist_ok=True)
             move(target)
         except FileNotFoundError:
             if not left or not temporary.exists():
