@@ -7,7 +7,7 @@ in JSON. No pickle, and nothing that depends on how many GPUs wrote it.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,14 +75,12 @@ class Found:
 class Checkpoints:
     """The checkpoints of one run, as one attempt sees them."""
 
-    def __init__(self, store: storage.Store, attempt: int, inputs: Mapping[str, str], keep: int, scratch: Path) -> None:
-        self._store, self._attempt, self._inputs, self._keep, self._scratch = (
-            store,
-            attempt,
-            dict(inputs),
-            keep,
-            scratch,
-        )
+    def __init__(
+        self, store: storage.Store, attempt: int, inputs: Mapping[str, str], keep: int, scratch: Path,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._store, self._attempt, self._inputs, self._keep = store, attempt, dict(inputs), keep
+        self._scratch, self._confirm = scratch, confirm
 
     def save(self, state: State, best_step: int | None) -> None:
         """Write, upload and seal `state`; afterwards remove what neither retention nor `best_step` keeps.
@@ -104,7 +102,7 @@ class Checkpoints:
             json.dumps({"step": state.step, "inputs": self._inputs, **state.scalars}, indent=1), encoding="utf-8"
         )
         (local / TRAINER).write_text(state.trainer, encoding="utf-8")
-        whole = storage.push(self._store, local, paths.checkpoint(state.step, self._attempt))
+        whole = storage.push(self._store, local, paths.checkpoint(state.step, self._attempt), self._confirm)
         shutil.rmtree(local)
         log.event(
             "checkpoint.saved",
@@ -170,6 +168,7 @@ class Checkpoints:
         return [(name, step) for name, (step, _) in sorted(names.items(), key=lambda item: item[1])]
 
     def _forget(self, best_step: int | None) -> None:
+        self._confirm()
         sealed = self._sealed()
         kept = {name for name, step in sealed[-self._keep :]} | {name for name, step in sealed if step == best_step}
         everything = {m[0]: int(m[2]) for entry in self._store.list(paths.CHECKPOINTS) if (m := _NAME.match(entry.key))}

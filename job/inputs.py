@@ -47,6 +47,8 @@ class Task:
     out: Path
     scratch: Path
     log: Path
+    lease: str
+    """The token by which the lease of the run is known to be this attempt's."""
     inputs: Mapping[str, str]
     """Digests of the base and of the data: a checkpoint of other inputs is not resumed."""
 
@@ -63,4 +65,6 @@ class Task:
         fields = json.loads(text)
         folders = {name: Path(fields[name]) for name in ("base", "data", "out", "scratch", "log")}
         settings = config.check(fields["config"], config.Places("the task", {}))
-        return cls(config=settings, attempt=fields["attempt"], inputs=fields["inputs"], **folders)
+        return cls(
+            config=settings, attempt=fields["attempt"], lease=fields["lease"], inputs=fields["inputs"], **folders
+        )

@@ -17,11 +17,11 @@ _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def task(settings: Config, attempt: int, base: Base, data: Prepared, cache: paths.Cache) -> Task:
+def task(settings: Config, attempt: int, lease: str, base: Base, data: Prepared, cache: paths.Cache) -> Task:
     """What the training process is told; the place of its result is that of these inputs and no others."""
     digests = {"base": base.digest, "data": data.digest, "config": config.digest(settings)}
     out = cache.work(f"trained-{paths.digest(json.dumps(digests))}")
-    return Task(settings, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), digests)
+    return Task(settings, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), lease, digests)
 
 
 def training(command: Sequence[str], given: Task, environ: Mapping[str, str], notice: Notice) -> Path:
@@ -38,7 +38,11 @@ def training(command: Sequence[str], given: Task, environ: Mapping[str, str], no
     told.write_text(given.to_json(), encoding="utf-8")
     with notice.deferred():
         with subprocess.Popen([*command, str(told)], env=_one_device(environ, cluster.gpus(environ))) as process:  # noqa: S603 - our own command line
-            status = _wait(process, notice)
+            try:
+                status = _wait(process, notice)
+            except BaseException:  # another attempt owns the run now: not one more checkpoint
+                process.kill()
+                raise
         if status == errors.AGAIN and notice.reason is None:
             notice.reason = "a signal to the training process"
     if status < 0:

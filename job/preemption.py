@@ -2,11 +2,13 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
 from job import errors, log
 
+_FAILED = signal.SIGRTMIN  # by which a thread of ours wakes the main one; nobody else sends it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -20,11 +22,13 @@ class Notice:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._deferred = False
+        self._failure: BaseException | None = None
 
     def listen(self) -> None:
         """Take over the signals by which schedulers announce that they will take the machine away."""
         for number in SIGNALS:
             signal.signal(number, self._heard)
+        signal.signal(_FAILED, self._failed)
 
     def check(self) -> None:
         """Raise `errors.Preempted` if the request has come."""
@@ -41,10 +45,19 @@ class Notice:
             self._deferred = False
         self.check()
 
+    def interrupt(self, failure: BaseException) -> None:
+        """Raise `failure` in the main thread, at once and whatever it does; for other threads."""
+        self._failure = failure
+        signal.pthread_kill(threading.main_thread().ident or 0, _FAILED)
+
     def conclude(self) -> None:
         """From now on hear nothing: the outcome is certain, and what is left to do takes a moment."""
-        for number in SIGNALS:
+        for number in (*SIGNALS, _FAILED):
             signal.signal(number, signal.SIG_IGN)
+
+    def _failed(self, _number: int, _frame: FrameType | None) -> None:
+        if self._failure:
+            raise self._failure
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
         again = self.reason is not None

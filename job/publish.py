@@ -2,23 +2,21 @@
 
 import importlib.metadata
 import json
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from job import config, errors, log, paths, storage
+from job import config, errors, log, manifest, paths, storage
 from job.config import Config
 from job.storage import Store
 
-_WITNESS_SECONDS = 5.0
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "boto3")
 
 
-def directory(store: Store, local: Path, place: str) -> None:
-    """Upload the local directory to `place` in the store, manifest last."""
-    whole = storage.push(store, local, place)
+def directory(store: Store, local: Path, place: str, confirm: Callable[[], None]) -> None:
+    """Upload the local directory to `place` in the store, manifest last; `confirm` that we may before that."""
+    whole = storage.push(store, local, place, confirm)
     log.event(
         "publish.directory",
         f"published {store.url}/{place} ({log.size(whole.size)})",
@@ -27,7 +25,9 @@ def directory(store: Store, local: Path, place: str) -> None:
     )
 
 
-def done(store: Store, settings: Config, facts: Mapping[str, Any], number: int) -> dict[str, Any]:
+def done(
+    store: Store, settings: Config, facts: Mapping[str, Any], number: int, confirm: Callable[[], None]
+) -> dict[str, Any]:
     """Write ``done.json``: what came in, what went out, and how it went. Returns its content."""
     record = {
         "run": settings.run.name,
@@ -42,27 +42,21 @@ def done(store: Store, settings: Config, facts: Mapping[str, Any], number: int) 
         store.delete(left.key)
     for place in (paths.CHECKPOINTS, *_places(settings)):
         store.sweep(place)
+    confirm()
     store.put(paths.DONE, json.dumps(record, indent=1).encode())
     return record
 
 
-def attempt(store: Store, log_file: Path, number: int) -> None:
-    """Keep what attempt `number` logged. The log is a witness, not a result: a failure here is said, and no more.
+def trained(store: Store) -> bool:
+    """Whether what training makes is in the store."""
+    return all(storage.sealed(store, place) for place in (paths.REPORT, paths.ADAPTER))
 
-    It is not waited for longer than a few seconds either: a silent store must not use up the time of grace.
-    """
 
-    def keep() -> None:
-        try:
-            store.put(paths.attempt(number), log_file.read_bytes())
-        except (errors.JobError, OSError) as e:
-            log.warn("publish.attempt", f"the log of this attempt could not be kept: {e}")
-
-    writing = threading.Thread(target=keep, daemon=True)
-    writing.start()
-    writing.join(_WITNESS_SECONDS)
-    if writing.is_alive():
-        log.warn("publish.attempt", f"the log of this attempt was not kept: {store.url} does not answer")
+def progress(store: Store) -> tuple[int, int]:
+    """How far the run is: the directories that are published, and the step of the newest checkpoint."""
+    sealed = [paths.step(entry.key) for entry in store.list(paths.CHECKPOINTS) if entry.key.endswith(manifest.NAME)]
+    published = [place for place in (paths.ADAPTER, paths.REPORT, paths.MERGED) if storage.sealed(store, place)]
+    return len(published), max(sealed, default=0)
 
 
 def finished(store: Store, settings: Config) -> dict[str, Any] | None:

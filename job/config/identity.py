@@ -10,7 +10,10 @@ from job.config.schema import Config
 # Keys that do not change what is computed, or only by the rounding of another summation order.
 NEUTRAL = frozenset(
     {
-        *(f"run.{key}" for key in ("name", "url", "cache", "cache_limit", "conditional_writes")),
+        *(
+            f"run.{key}"
+            for key in ("name", "url", "cache", "cache_limit", "conditional_writes", "lease_seconds", "give_up_after")
+        ),
         *(f"train.{key}" for key in ("log_every", "micro_batch_size", "gradient_checkpointing")),
     }
 )

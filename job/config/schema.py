@@ -31,6 +31,12 @@ class Run(Section):
     conditional_writes: Literal["required", "emulated"] = "required"
     """required: refuse a store on which two starts of a run could overwrite each other. emulated: you see to that."""
 
+    lease_seconds: Annotated[float, Field(ge=2, le=3600)] = 30.0
+    """So long after its last sign of life another start waits before it takes the run over from a dead attempt."""
+
+    give_up_after: Annotated[int, Field(ge=1)] = 8
+    """Attempts in a row that end without anything new in the store, before the run fails for good."""
+
     @field_validator("url")
     @classmethod
     def _is_writable_store(cls, url: str) -> str:

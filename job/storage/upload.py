@@ -1,7 +1,7 @@
 """Whole directories into a store: files first, the manifest last, and nothing sent that is there already."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,25 +13,30 @@ from job.storage.outgoing import Outgoing
 from job.storage.store import Entry, Store
 
 
-def push(store: Store, directory: Path, prefix: str) -> Manifest:
+def push(store: Store, directory: Path, prefix: str, confirm: Callable[[], None] = lambda: None) -> Manifest:
     """Make `prefix` in the store hold exactly what the local `directory` holds, manifest last.
 
     What is there already with the same content is not sent again: by the manifest if there is one, else (an earlier
     push was killed) by the checksum that the store keeps, and the parts of an unfinished upload by theirs.
 
-    Raises `errors.StoreError` if the store failed for longer than patience lasts or does not hold what was sent.
+    `confirm` is called before the old content is given up and before the new is sealed; what it raises stops the push.
+
+    Raises `errors.StoreError` if the store failed for longer than patience lasts or does not hold what was sent, and
+    `errors.ConflictError` if somebody else sealed something there meanwhile.
     """
     paths = manifest.files(directory)
     theirs, there = sealed(store, prefix), {e.key.removeprefix(prefix): e for e in store.list(prefix)}
     same = _same(store, paths, there, theirs)
     if theirs and same == theirs.files and same.keys() == paths.keys():
         return theirs
+    confirm()
     if manifest.NAME in there:
         store.delete(prefix + manifest.NAME)  # from here on the old content is no longer whole, nor a part of it
     sent = _send(store, prefix, {name: path for name, path in paths.items() if name not in same})
     whole = Manifest({**same, **sent})
     _clear(store, prefix, whole)
-    store.put(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
+    confirm()
+    store.create(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
     return whole
 
 

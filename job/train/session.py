@@ -11,7 +11,7 @@ import transformers
 from datasets import Dataset
 from trl import SFTConfig
 
-from job import checkpoint, errors, log, manifest, paths, storage
+from job import checkpoint, errors, lease, log, manifest, paths, storage
 from job.config import Config
 from job.inputs import Task
 from job.model import lora, tokenizer, weights
@@ -28,7 +28,12 @@ def train(task: Task, notice: Notice) -> None:
     datasets.disable_progress_bars()
     torch.manual_seed(task.config.run.seed)  # of the adapter's first values
     store = storage.connect(task.config.run.url)
-    checkpoints = checkpoint.Checkpoints(store, task.attempt, task.inputs, task.config.checkpoint.keep, task.scratch)
+    if task.config.run.conditional_writes == "emulated":
+        store = storage.checked(store, paths.PROBE, required=False)
+    owner = lease.Lease(store, task.lease, task.config.run.lease_seconds)
+    checkpoints = checkpoint.Checkpoints(
+        store, task.attempt, task.inputs, task.config.checkpoint.keep, task.scratch, owner.confirm
+    )
     resumed = checkpoints.latest()
     shutil.rmtree(task.out, ignore_errors=True)
     progress = Progress(task.out / "report")

@@ -1,0 +1,108 @@
+"""What the starts of this run did: a log of each in the store, and whether they get anywhere."""
+
+import json
+import platform
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job import errors, log, paths
+from job.storage import Entry, Store
+
+_WITNESS_SECONDS = 5.0
+_END_BYTES = 1 << 14  # of a log, that hold its first and its last words
+_BEGIN, _ENDS = "attempt.begin", ("run.end", "run.done")
+
+Progress = tuple[int, ...]  # grows with what is safe in the store: published directories, then steps
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A start of the run. Times are seconds by its own clock; `ending` is why it ended, as far as it could say."""
+
+    number: int
+    host: str
+    progress: Progress
+    seconds: float
+    ending: str
+
+
+def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: int) -> None:
+    """Keep that attempt `number` was started when the run was as far as `progress` says.
+
+    Raises `errors.PermanentError` if the `limit` attempts before it began there too, with the reasons of each: so
+    would this one.
+    """
+    stuck: list[Attempt] = []
+    for attempt in _before(store, number):
+        if attempt.progress != progress or len(stuck) == limit:
+            break
+        stuck.append(attempt)
+    if len(stuck) >= limit:
+        told = "\n".join(f"  attempt {a.number} on {a.host}, {a.seconds:.0f} s: {a.ending}" for a in reversed(stuck))
+        raise errors.PermanentError(
+            f"{store.url}: {len(stuck)} attempts in a row made no progress:\n{told}\nWhen the reason is gone, start "
+            f"again with a larger run.give_up_after (it is {limit})"
+        )
+    log.event(_BEGIN, f"attempt {number} of {store.url}", attempt=number, host=platform.node(), progress=progress)
+    store.create(paths.attempt(number), log_file.read_bytes())
+
+
+def keep(store: Store, log_file: Path, number: int, confirm: Callable[[], None]) -> None:
+    """Keep what attempt `number` has logged. A witness, not a result: a failure here is said, and no more.
+
+    It is not waited for longer than a few seconds either: a silent store must not use up the time of grace.
+    """
+
+    def write() -> None:
+        try:
+            confirm()
+            store.put(paths.attempt(number), log_file.read_bytes())
+        except (errors.JobError, OSError) as e:
+            log.warn("attempt.log", f"the log of this attempt could not be kept: {e}")
+
+    writing = threading.Thread(target=write, daemon=True)
+    writing.start()
+    writing.join(_WITNESS_SECONDS)
+    if writing.is_alive():
+        log.warn("attempt.log", f"the log of this attempt was not kept: {store.url} does not answer")
+
+
+def _before(store: Store, number: int) -> Iterator[Attempt]:
+    """The attempts before attempt `number`, the last one first; those without a log are left out."""
+    logs = {entry.key: entry for entry in store.list(paths.ATTEMPTS)}
+    for earlier in range(number - 1, 0, -1):
+        if entry := logs.get(paths.attempt(earlier)):
+            yield _read(store, entry, earlier)
+
+
+def _read(store: Store, entry: Entry, number: int) -> Attempt:
+    first, last = _lines(store, entry, 0), _lines(store, entry, entry.size - _END_BYTES)
+    began = next((line for line in first if line["event"] == _BEGIN), {})
+    ending = next((line["message"] for line in reversed(last) if line["event"] in _ENDS), None)
+    times = [line["time"] for line in (*first, *last)]
+    said = f"; its last words: {last[-1]['message']}" if last else ""
+    return Attempt(
+        number,
+        str(began.get("host", "?")),
+        tuple(began.get("progress", ())),
+        max(times) - min(times) if times else 0.0,
+        ending or f"killed, or its machine was lost{said}",
+    )
+
+
+def _lines(store: Store, entry: Entry, start: int) -> Sequence[dict[str, Any]]:
+    """The whole lines among some bytes of a log."""
+    start = max(0, start)
+    text = b"".join(store.stream(entry, start, min(entry.size, start + _END_BYTES))).decode(errors="replace")
+    found = []
+    for line in text.splitlines():
+        try:
+            parsed = json.loads(line)
+        except ValueError:  # cut off by where we began or ended to read, or by a kill
+            continue
+        if isinstance(parsed, dict) and {"event", "message", "time"} <= parsed.keys():
+            found.append(parsed)
+    return found
