@@ -49,6 +49,10 @@ class DamagedError(StoreError):
     """What arrived is not what was stored: a wrong size or checksum."""
 
 
+class CorruptError(DamagedError):
+    """What is stored is not what was sealed: it arrived wrong in the same way every time."""
+
+
 class UnsupportedError(PermanentError):
     """The store cannot do what was asked of it, however often it is asked."""
 

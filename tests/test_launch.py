@@ -17,7 +17,9 @@ from job import cluster, config, errors, inputs, launch, preemption
 @pytest.fixture
 def task(tiny_run: Callable[..., Path], tmp_path: Path) -> inputs.Task:
     settings = config.read(tiny_run())
-    return inputs.Task(settings, 1, tmp_path, tmp_path, tmp_path / "out", tmp_path / "scratch", tmp_path / "log", "token", {})
+    return inputs.Task(
+        settings, 1, tmp_path, tmp_path, tmp_path / "out", tmp_path / "scratch", tmp_path / "log", "token", {}
+    )
 
 
 def start(code: str, task: inputs.Task, notice: preemption.Notice | None = None) -> Path:

@@ -37,14 +37,15 @@ def train(task: Task, notice: Notice) -> None:
     resumed = checkpoints.latest()
     shutil.rmtree(task.out, ignore_errors=True)
     progress = Progress(task.out / "report")
-    trainer = _trainer(task, checkpoints, resumed, notice, progress)
-    _run(trainer, resumed, notice, progress)
+    saving = checkpoint.Background(checkpoints)
+    trainer = _trainer(task, saving, resumed, notice, progress)
+    _run(trainer, saving, resumed, notice, progress)
     _write(task, trainer, checkpoints)
 
 
 def _trainer(
     task: Task,
-    checkpoints: checkpoint.Checkpoints,
+    saving: checkpoint.Background,
     resumed: checkpoint.Found | None,
     notice: Notice,
     progress: Progress,
@@ -55,7 +56,7 @@ def _trainer(
     words = tokenizer.load(task.base, settings.data.template, trust_remote_code=settings.model.trust_remote_code)
     log.event("train.load", f"loading the base model ({settings.model.quantization})")
     trainer = Trainer(
-        checkpoints,
+        saving,
         keep_best=keep_best,
         model=lora.adapted(weights.for_training(task.base, settings.model), settings.lora),
         args=_arguments(task, evaluates=evaluates, on_start=evaluates and _evaluate_first(settings, resumed)),
@@ -64,7 +65,7 @@ def _trainer(
         eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
         callbacks=[
             Exact(settings.run.seed),
-            Cadence(notice, settings.checkpoint, keep_best=keep_best),
+            Cadence(notice, saving, settings.checkpoint, keep_best=keep_best),
             progress,
         ],
     )
@@ -127,7 +128,10 @@ def _state(found: checkpoint.Found) -> transformers.TrainerState:
     return state
 
 
-def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice, progress: Progress) -> None:
+def _run(
+    trainer: Trainer, saving: checkpoint.Background, resumed: checkpoint.Found | None, notice: Notice,
+    progress: Progress,
+) -> None:  # fmt: skip
     if resumed and (state := _state(resumed)).global_step >= state.max_steps:
         log.event("train.over", f"all {state.max_steps} steps are done already", step=state.global_step)
         trainer.state = state
@@ -142,6 +146,7 @@ def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice, pro
     try:
         with notice.deferred():
             trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
+            saving.finish()
     except torch.OutOfMemoryError as e:
         raise errors.PermanentError(
             f"the GPU's memory is too small: {e}. Lower train.micro_batch_size (the result stays the same) "

@@ -19,9 +19,9 @@ from job.preemption import Notice
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     """Saves to and restores from the run's store, and never loads a pickle."""
 
-    def __init__(self, checkpoints: checkpoint.Checkpoints, *, keep_best: bool, **how: Any) -> None:
+    def __init__(self, saving: checkpoint.Background, *, keep_best: bool, **how: Any) -> None:
         super().__init__(**how)
-        self._checkpoints, self._keep_best = checkpoints, keep_best
+        self._saving, self._keep_best = saving, keep_best
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses over tokens, tokens
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
@@ -44,7 +44,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
             scratch = Path(self.args.output_dir) / checkpoint.TRAINER
             self.state.save_to_json(str(scratch))
             state = checkpoint.capture(self.state.global_step, self._loop(), scratch.read_text(encoding="utf-8"))
-            self._checkpoints.save(state, self.state.best_global_step if self._keep_best else None)
+            self._saving.submit(state, self.state.best_global_step if self._keep_best else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.restore_adapter(Path(resume_from_checkpoint), self.model)
@@ -97,11 +97,15 @@ class Exact(TrainerCallback):
 class Cadence(TrainerCallback):
     """When to save besides every n steps, and when to stop because the cluster asks for it."""
 
-    def __init__(self, notice: Notice, settings: config.Checkpoint, *, keep_best: bool) -> None:
-        self._notice, self._minutes, self._keep_best = notice, settings.every_minutes, keep_best
+    def __init__(
+        self, notice: Notice, saving: checkpoint.Background, settings: config.Checkpoint, *, keep_best: bool
+    ) -> None:
+        self._notice, self._saving, self._keep_best = notice, saving, keep_best
+        self._minutes = settings.every_minutes
         self._saved = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saving.check()  # what cannot be saved need not be trained
         if self._minutes and time.monotonic() - self._saved >= self._minutes * 60:
             control.should_save = True
         if self._notice.reason and state.global_step < state.max_steps:

@@ -1,0 +1,90 @@
+"""Checkpoints on their way to the store while training goes on."""
+
+import threading
+
+from job import errors, log
+from job.checkpoint.kept import Checkpoints
+from job.checkpoint.state import State
+
+_LOOK_SECONDS = 0.2  # how soon a waiting main thread hears a signal
+
+
+class Background:
+    """Saves states in a thread of its own, one after another.
+
+    Three of them are in memory at most: one on its way, the newest one, and the best one. Where the network is slower
+    than the cadence, a newer state takes the place of one that still waits; the last and the best one always arrive.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[State, int | None]] = []
+        self._busy, self._closing = False, False
+        self._failure: errors.JobError | None = None
+        threading.Thread(target=self._work, daemon=True, name="checkpoints").start()
+
+    def submit(self, state: State, best_step: int | None) -> None:
+        """Save `state` soon; `best_step` is the step of the best one so far. Raises what `check` does."""
+        self.check()
+        with self._changed:
+            for dropped, _ in (waiting for waiting in self._waiting if waiting[0].step != best_step):
+                log.warn(
+                    "checkpoint.slow",
+                    f"the checkpoint at step {dropped.step} was not sent before that at step {state.step} was due: "
+                    "checkpoints take longer than the time between them",
+                    step=dropped.step,
+                )
+            self._waiting = [
+                *(waiting for waiting in self._waiting if waiting[0].step == best_step),
+                (state, best_step),
+            ]
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise the error, if there was one, that no further checkpoint could get around."""
+        if self._failure:
+            raise self._failure
+
+    def finish(self) -> None:
+        """Wait until all that was submitted is in the store; raises the error of what is not."""
+        with self._changed:
+            self._closing = True
+            while (self._waiting or self._busy) and not self._failure:
+                self._changed.wait(_LOOK_SECONDS)
+        self.check()
+
+    def _work(self) -> None:
+        while True:
+            state, best_step = self._next()
+            failure = self._save(state, best_step)
+            with self._changed:
+                self._busy = False
+                if isinstance(failure, errors.StoreError) and not self._closing:
+                    log.warn(
+                        "checkpoint.failed",
+                        f"the checkpoint at step {state.step} is not safe: {failure}. Training goes on, and it is "
+                        "tried again with the next one",
+                        step=state.step,
+                    )
+                    failure = None
+                self._failure = failure
+                self._changed.notify_all()
+                if failure:
+                    return
+
+    def _next(self) -> tuple[State, int | None]:
+        with self._changed:
+            while not self._waiting:
+                self._changed.wait()
+            self._busy = True
+            return self._waiting.pop(0)
+
+    def _save(self, state: State, best_step: int | None) -> errors.JobError | None:
+        try:
+            self._checkpoints.save(state, best_step)
+        except errors.JobError as e:
+            return e
+        except Exception as e:  # noqa: BLE001 - it must reach the thread that trains, whatever it is
+            return errors.JobError(f"the checkpoint could not be saved: {type(e).__name__}: {e}")
+        return None
