@@ -112,6 +112,8 @@ class Data(Section):
     """auto: the model's own chat template if it has one, else instruction-en."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Tokens per example; longer ones are cut at the end, counted and said."""
+    packing: bool = False
+    """Put several short examples into one sequence of max_length; batch sizes then count sequences, not examples."""
     loss_on: Literal["assistant", "all"] = "assistant"
     skip_bad_share: Share = 0.0
     """Share of unusable records that is skipped (and said) instead of stopping the run."""

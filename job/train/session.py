@@ -83,6 +83,7 @@ def _arguments(task: Task, *, evaluates: bool, on_start: bool) -> SFTConfig:
         seed=run.seed,
         data_seed=run.seed,
         max_length=None,  # cut already while preparing
+        padding_free=task.config.data.packing,  # which is how TRL keeps packed examples apart
         num_train_epochs=wanted.epochs or 3.0,
         max_steps=wanted.max_steps or -1,
         per_device_train_batch_size=wanted.micro_batch_size,
