@@ -70,7 +70,7 @@ def test_no_example_sees_another(attention: str, path: Path, rows: list[list[int
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packed[0], packed[1]])
 
     with torch.no_grad():
-        together = model(**{name: batch[name] for name in ("input_ids", "position_ids")}).logits[0]
+        together = model(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits[0]
         start, seen = 0, 0
         for length in [*packed[0]["seq_lengths"], *packed[1]["seq_lengths"]]:
             alone = model(batch["input_ids"][:, start : start + length]).logits[0]
