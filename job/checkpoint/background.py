@@ -60,11 +60,13 @@ class Background:
             failure = self._save(state, best_step)
             with self._changed:
                 self._busy = False
-                if isinstance(failure, errors.StoreError) and not self._closing:
+                needed = state.step == best_step or not self._waiting
+                if isinstance(failure, errors.StoreError) and not (self._closing and needed):
+                    self._waiting[:0] = [(state, best_step)] if needed else []
                     log.warn(
                         "checkpoint.failed",
-                        f"the checkpoint at step {state.step} is not safe: {failure}. Training goes on, and it is "
-                        "tried again with the next one",
+                        f"the checkpoint at step {state.step} is not safe: {failure}. Training goes on, and this one "
+                        f"{'is tried again' if needed else 'is left out for a newer one'}",
                         step=state.step,
                     )
                     failure = None
