@@ -45,6 +45,7 @@ def story(
     owner, attempt = lease.take(store, config.run.lease_seconds)
     after.callback(owner.release)
     owner.keep(notice.interrupt)
+    preemption.watch(preemption.Endpoints.of(environ), notice)
     claim.claim(store, config)
     if _over(store, config, notice):  # by the start that owned it until now
         return

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from job import cluster, config, errors, log, manifest, paths
+from job import cluster, config, errors, log, manifest, paths, preemption
 from job.config import Config
 from job.inputs import Base, Prepared, Task
 from job.preemption import Notice
@@ -72,7 +72,7 @@ def die_with(parent: int) -> None:
 
 
 def _wait(process: "subprocess.Popen[bytes]", notice: Notice) -> int:
-    told = False
+    told, warned = False, False
     while True:
         try:
             return process.wait(_POLL_SECONDS)
@@ -80,6 +80,9 @@ def _wait(process: "subprocess.Popen[bytes]", notice: Notice) -> int:
             if notice.reason and not told:
                 told = True
                 process.send_signal(signal.SIGTERM)
+            elif notice.at_risk and not warned:
+                warned = True
+                process.send_signal(preemption.RISK)
 
 
 def _one_device(environ: Mapping[str, str], gpus: int) -> dict[str, str]:

@@ -102,12 +102,14 @@ class Cadence(TrainerCallback):
     ) -> None:
         self._notice, self._saving, self._keep_best = notice, saving, keep_best
         self._minutes = settings.every_minutes
-        self._saved = time.monotonic()
+        self._saved, self._hurried = time.monotonic(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saving.check()  # what cannot be saved need not be trained
         if self._minutes and time.monotonic() - self._saved >= self._minutes * 60:
             control.should_save = True
+        if self._notice.at_risk and not self._hurried:
+            self._hurried = control.should_save = True
         if self._notice.reason and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # seconds are short; `due` makes the next attempt catch up

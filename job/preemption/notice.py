@@ -1,15 +1,17 @@
-"""Has the cluster asked us to stop? Signals are turned into one notice that every step can see."""
+"""The request to stop, and who hears it when."""
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from job import errors, log
 
-_FAILED = signal.SIGRTMIN  # by which a thread of ours wakes the main one; nobody else sends it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_WAKE = signal.SIGRTMIN  # by which a thread of ours makes the main one look; nobody else sends it
+RISK = signal.SIGRTMIN + 1  # by which the job hands a warning on to the training process
 
 
 class Notice:
@@ -21,6 +23,8 @@ class Notice:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.since = 0.0  # when the request came, by time.monotonic()
+        self.at_risk: str | None = None  # why the request may come soon
         self._deferred = False
         self._failure: BaseException | None = None
 
@@ -28,7 +32,8 @@ class Notice:
         """Take over the signals by which schedulers announce that they will take the machine away."""
         for number in SIGNALS:
             signal.signal(number, self._heard)
-        signal.signal(_FAILED, self._failed)
+        signal.signal(_WAKE, self._woken)
+        signal.signal(RISK, lambda _number, _frame: self.warn("so says the job"))
 
     def check(self) -> None:
         """Raise `errors.Preempted` if the request has come."""
@@ -45,24 +50,45 @@ class Notice:
             self._deferred = False
         self.check()
 
+    def request(self, reason: str) -> None:
+        """Ask to stop, like a signal; for other threads."""
+        if self._note(reason):
+            _wake()
+
+    def warn(self, reason: str) -> None:
+        """Say that the request may come soon, so that a checkpoint is worth its time now."""
+        if self.at_risk is None:
+            self.at_risk = reason
+            log.warn("preemption.risk", f"the machine may be taken away soon ({reason})")
+
     def interrupt(self, failure: BaseException) -> None:
         """Raise `failure` in the main thread, at once and whatever it does; for other threads."""
         self._failure = failure
-        signal.pthread_kill(threading.main_thread().ident or 0, _FAILED)
+        _wake()
 
     def conclude(self) -> None:
         """From now on hear nothing: the outcome is certain, and what is left to do takes a moment."""
-        for number in (*SIGNALS, _FAILED):
+        for number in (*SIGNALS, _WAKE, RISK):
             signal.signal(number, signal.SIG_IGN)
 
-    def _failed(self, _number: int, _frame: FrameType | None) -> None:
+    def _heard(self, number: int, _frame: FrameType | None) -> None:
+        if self._note(signal.Signals(number).name) and not self._deferred:
+            self.check()
+
+    def _woken(self, _number: int, _frame: FrameType | None) -> None:
         if self._failure:
             raise self._failure
-
-    def _heard(self, number: int, _frame: FrameType | None) -> None:
-        again = self.reason is not None
-        self.reason = signal.Signals(number).name
-        if not again:
-            log.warn("preemption.notice", f"asked to stop ({self.reason})", signal=self.reason)
-        if not self._deferred and not again:
+        if not self._deferred:
             self.check()
+
+    def _note(self, reason: str) -> bool:
+        """Remember the first request; False if there was one already."""
+        if self.reason:
+            return False
+        self.reason, self.since = reason, time.monotonic()
+        log.warn("preemption.notice", f"asked to stop ({reason})", reason=reason)
+        return True
+
+
+def _wake() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
