@@ -29,15 +29,15 @@ class Metadata(BaseHTTPRequestHandler):
         self._answer(self.token if self.path == "/latest/api/token" and lives else None, 400)
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith("/latest/") and self.headers.get("X-aws-ec2-metadata-token") != self.token:
-            self._answer(None, 401)
-        elif path.startswith("/computeMetadata/") and self.headers.get("Metadata-Flavor") != "Google":
-            self._answer(None, 403)
-        elif (path.startswith("/metadata/") and self.headers.get("Metadata") != "true") or (
-            path.startswith("/metadata/") and "api-version=20" not in self.path
-        ):
-            self._answer(None, 400)
+        path, _, query = self.path.partition("?")
+        insists = {
+            "/latest/": ("X-aws-ec2-metadata-token", self.token, 401),
+            "/computeMetadata/": ("Metadata-Flavor", "Google", 403),
+            "/metadata/": ("Metadata", "true", 400),
+        }
+        header, value, refusal = next(told for start, told in insists.items() if path.startswith(start))
+        if self.headers.get(header) != value or (refusal == 400 and "api-version=20" not in query):
+            self._answer(None, refusal)
         else:
             self._answer(self.told.get(path), 404)
 
