@@ -95,10 +95,10 @@ def test_a_run_that_was_asked_to_stop_in_every_phase_goes_on_to_the_same_weights
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:
-    """SIGKILL leaves the last sealed checkpoint, no training process, and no debris in the store."""
-    whole = tiny_run("whole.yaml", train=LONG, run={"url": f"{tmp_path}/whole"})
+    """SIGKILL leaves the last sealed checkpoint, no training process, and no debris; here with packed data."""
+    whole = tiny_run("whole.yaml", train=LONG, data={"packing": True}, run={"url": f"{tmp_path}/whole"})
     assert job("run", whole).returncode == 0
-    broken = tiny_run("broken.yaml", train=LONG, run={"url": f"{tmp_path}/broken"})
+    broken = tiny_run("broken.yaml", train=LONG, data={"packing": True}, run={"url": f"{tmp_path}/broken"})
 
     for _ in range(2):
         stop_at("checkpoint.saved", broken, signal.SIGKILL)
@@ -110,6 +110,25 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     assert end.returncode == 0, end.stderr
     assert same_results(tmp_path / "broken", tmp_path / "whole")
     assert not [p for p in files(tmp_path / "broken") if ".part" in p]
+
+
+def test_of_two_starts_at_once_one_does_the_run(tiny_run: Callable[..., Path], tmp_path: Path) -> None:
+    """The other says who does, asks to be started again, and leaves no trace."""
+    config = tiny_run(run={"lease_seconds": 4.0})
+    starts = [
+        subprocess.Popen(
+            command("run", config, "--set", f"run.cache={tmp_path}/cache{n}"), stderr=subprocess.PIPE, text=True
+        )
+        for n in range(2)
+    ]
+
+    told = {start.communicate()[1]: start.returncode for start in starts}
+
+    assert sorted(told.values()) == [0, 75], told
+    second = next(said for said, status in told.items() if status == 75)
+    assert "is owned by attempt 1 (process " in second
+    assert "Start this one again when that one has ended" in second
+    assert {name for name in files(tmp_path / "run") if name.startswith("attempts/")} == {"attempts/1.jsonl"}
 
 
 @pytest.mark.slow
