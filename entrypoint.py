@@ -59,7 +59,9 @@ def story(
         data = prepare.dataset(
             config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache, after
         )
-        made = launch.training(worker, launch.task(config, attempt, owner.token, base, data, cache), environ, notice)
+        between = attempts.between(store, attempt)
+        task = launch.task(config, attempt, owner.token, between, base, data, cache)
+        made = launch.training(worker, task, environ, notice)
         publish.directory(store, made / "report", paths.REPORT, owner.confirm)
         publish.directory(store, made / "adapter", paths.ADAPTER, owner.confirm)
     adapter = pull.artefact(store, paths.ADAPTER, cache)

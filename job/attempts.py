@@ -1,5 +1,6 @@
 """What the starts of this run did: a log of each in the store, and whether they get anywhere."""
 
+import itertools
 import json
 import platform
 import threading
@@ -13,6 +14,8 @@ from job.storage import Entry, Store
 
 _WITNESS_SECONDS = 5.0
 _END_BYTES = 1 << 14  # of a log, that hold its first and its last words
+_REMEMBERED = 20  # attempts
+_GUESS_SECONDS = 4 * 3600.0  # counts like one preemption after so long
 _BEGIN, _ENDS = "attempt.begin", ("run.end", "run.done")
 
 Progress = tuple[int, ...]  # grows with what is safe in the store: published directories, then steps
@@ -27,6 +30,7 @@ class Attempt:
     progress: Progress
     seconds: float
     ending: str
+    preempted: bool
 
 
 def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: int) -> None:
@@ -70,6 +74,13 @@ def keep(store: Store, log_file: Path, number: int, confirm: Callable[[], None])
         log.warn("attempt.log", f"the log of this attempt was not kept: {store.url} does not answer")
 
 
+def between(store: Store, number: int) -> float:
+    """Mean seconds between preemptions, as the last attempts before `number` saw it; at first a guess of some hours."""
+    seen = list(itertools.islice(_before(store, number), _REMEMBERED))
+    lasted = sum(attempt.seconds for attempt in seen)
+    return (lasted + _GUESS_SECONDS) / (sum(attempt.preempted for attempt in seen) + 1)
+
+
 def _before(store: Store, number: int) -> Iterator[Attempt]:
     """The attempts before attempt `number`, the last one first; those without a log are left out."""
     logs = {entry.key: entry for entry in store.list(paths.ATTEMPTS)}
@@ -81,7 +92,7 @@ def _before(store: Store, number: int) -> Iterator[Attempt]:
 def _read(store: Store, entry: Entry, number: int) -> Attempt:
     first, last = _lines(store, entry, 0), _lines(store, entry, entry.size - _END_BYTES)
     began = next((line for line in first if line["event"] == _BEGIN), {})
-    ending = next((line["message"] for line in reversed(last) if line["event"] in _ENDS), None)
+    ending = next((line for line in reversed(last) if line["event"] in _ENDS), None)
     times = [line["time"] for line in (*first, *last)]
     said = f"; its last words: {last[-1]['message']}" if last else ""
     return Attempt(
@@ -89,7 +100,8 @@ def _read(store: Store, entry: Entry, number: int) -> Attempt:
         str(began.get("host", "?")),
         tuple(began.get("progress", ())),
         max(times) - min(times) if times else 0.0,
-        ending or f"killed, or its machine was lost{said}",
+        ending["message"] if ending else f"killed, or its machine was lost{said}",
+        preempted=ending is None or ending.get("status") == errors.AGAIN,
     )
 
 

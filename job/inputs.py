@@ -49,6 +49,8 @@ class Task:
     log: Path
     lease: str
     """The token by which the lease of the run is known to be this attempt's."""
+    between: float
+    """The mean time between two preemptions of this run, in seconds."""
     inputs: Mapping[str, str]
     """Digests of the base and of the data: a checkpoint of other inputs is not resumed."""
 
@@ -66,5 +68,10 @@ class Task:
         folders = {name: Path(fields[name]) for name in ("base", "data", "out", "scratch", "log")}
         settings = config.check(fields["config"], config.Places("the task", {}))
         return cls(
-            config=settings, attempt=fields["attempt"], lease=fields["lease"], inputs=fields["inputs"], **folders
+            config=settings,
+            attempt=fields["attempt"],
+            lease=fields["lease"],
+            between=fields["between"],
+            inputs=fields["inputs"],
+            **folders,
         )

@@ -17,11 +17,15 @@ _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def task(settings: Config, attempt: int, lease: str, base: Base, data: Prepared, cache: paths.Cache) -> Task:
+def task(
+    settings: Config, attempt: int, lease: str, between: float, base: Base, data: Prepared, cache: paths.Cache
+) -> Task:
     """What the training process is told; the place of its result is that of these inputs and no others."""
     digests = {"base": base.digest, "data": data.digest, "config": config.digest(settings)}
     out = cache.work(f"trained-{paths.digest(json.dumps(digests))}")
-    return Task(settings, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), lease, digests)
+    return Task(
+        settings, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), lease, between, digests
+    )
 
 
 def training(command: Sequence[str], given: Task, environ: Mapping[str, str], notice: Notice) -> Path:

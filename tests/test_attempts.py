@@ -94,3 +94,18 @@ def test_a_larger_limit_lets_a_run_go_on(attempt: Callable[..., None]) -> None:
         attempt(4, (0, 0))
 
     attempt(4, (0, 0), limit=4)
+
+
+def test_the_time_between_preemptions_is_what_this_run_saw(store: storage.Store, attempt: Callable[..., None]) -> None:
+    """A kill and a request to stop count, an error does not; without any, some hours are assumed."""
+    assert attempts.between(store, 1) == 4 * 3600
+    for number, event in enumerate(({"status": 75}, None, {"status": 1}), start=1):
+        attempt(number, (0, number), ending=None)
+        lines = [
+            {"event": "attempt.begin", "message": "", "time": 1000.0},
+            {"event": "x", "message": "", "time": 4600.0},
+        ]
+        ending = [{"event": "run.end", "message": "", "time": 4600.0, **event}] if event else []
+        store.put(f"attempts/{number}.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in [*lines, *ending]))
+
+    assert attempts.between(store, 4) == pytest.approx((3 * 3600 + 4 * 3600) / 3)

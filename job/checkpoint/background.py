@@ -1,6 +1,7 @@
 """Checkpoints on their way to the store while training goes on."""
 
 import threading
+import time
 
 from job import errors, log
 from job.checkpoint.kept import Checkpoints
@@ -22,6 +23,8 @@ class Background:
         self._waiting: list[tuple[State, int | None]] = []
         self._busy, self._closing = False, False
         self._failure: errors.JobError | None = None
+        self.stall = 0.0  # seconds that the last checkpoint kept training waiting, set by the one who trains
+        self.upload = 0.0  # seconds that it took to be safe, from when its turn came
         threading.Thread(target=self._work, daemon=True, name="checkpoints").start()
 
     def submit(self, state: State, best_step: int | None) -> None:
@@ -40,6 +43,10 @@ class Background:
                 (state, best_step),
             ]
             self._changed.notify_all()
+
+    def expected(self) -> float:
+        """Seconds until a state that is submitted now will be safe; 0 if none has been saved yet."""
+        return self.upload * (2 if self._busy else 1)
 
     def check(self) -> None:
         """Raise the error, if there was one, that no further checkpoint could get around."""
@@ -83,8 +90,10 @@ class Background:
             return self._waiting.pop(0)
 
     def _save(self, state: State, best_step: int | None) -> errors.JobError | None:
+        begun = time.monotonic()
         try:
             self._checkpoints.save(state, best_step)
+            self.upload = time.monotonic() - begun
         except errors.JobError as e:
             return e
         except Exception as e:  # noqa: BLE001 - it must reach the thread that trains, whatever it is

@@ -2,7 +2,8 @@
 
 from job.config.identity import claimed, differences, digest
 from job.config.read import Places, all_keys, check, read
-from job.config.schema import Checkpoint, Config, Data, Lora, Model, Train
+from job.config.schema import Config, Data, Model
+from job.config.training import Checkpoint, Lora, Train
 
 __all__ = [
     "Checkpoint",

@@ -19,6 +19,8 @@ from job.preemption import Notice
 from job.train.progress import Progress
 from job.train.trainer import Cadence, Exact, Trainer, due
 
+_NEVER = 10**9  # steps; the last one is always saved
+
 
 def train(task: Task, notice: Notice) -> None:
     """Train until done or asked to stop; a sealed ``task.out`` is the sign of the former.
@@ -65,7 +67,7 @@ def _trainer(
         eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
         callbacks=[
             Exact(settings.run.seed),
-            Cadence(notice, saving, settings.checkpoint, keep_best=keep_best),
+            Cadence(notice, saving, settings.checkpoint, task.between, keep_best=keep_best),
             progress,
         ],
     )
@@ -112,7 +114,7 @@ def _arguments(task: Task, *, evaluates: bool, on_start: bool) -> SFTConfig:
         greater_is_better=False if evaluates else None,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=task.config.checkpoint.every_steps,
+        save_steps=task.config.checkpoint.every_steps or _NEVER,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
