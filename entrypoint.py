@@ -27,45 +27,44 @@ _PROJECT = "finetune-job"
 
 
 def story(
-    config: "Config", environ: Mapping[str, str], worker: list[str], notice: preemption.Notice, after: ExitStack
-) -> None:
+    config: "Config", environ: Mapping[str, str], worker: list[str], notice: preemption.Notice, after: ExitStack, *,
+    restart: bool,
+) -> None:  # fmt: skip
     """Do what is missing of the run, in order; return when all of it is in the store.
 
     `worker` is the command that trains; what is added to `after` is done at the very end, however it ends.
     """
-    from job import attempts, claim, launch, lease, paths, publish, pull, storage
+    from job import attempts, claim, inputs, launch, lease, paths, publish, pull, storage
 
     launch.check(config)
     store, cache = storage.connect(config.run.url), _cache(config, environ)
-    claim.agree(store, config)
-    if _over(store, config, notice):
+    if not restart and _over(store, config, claim.agree(store, config), notice):
         return
     store = storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
-    pull.preflight(config, cache, after, trained=publish.trained(store))
+    pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
     owner, attempt = lease.take(store, config.run.lease_seconds)
     after.callback(owner.release)
     owner.keep(notice.interrupt)
     preemption.watch(preemption.Endpoints.of(environ), notice)
-    claim.claim(store, config)
-    if _over(store, config, notice):  # by the start that owned it until now
+    began = claim.claim(store, config, attempt if restart else None)
+    if _over(store, config, began, notice):  # by the start that owned it until now
         return
     log_file = _log_to(cache)
-    attempts.begin(store, log_file, attempt, publish.progress(store), config.run.give_up_after)
+    attempts.begin(store, log_file, attempt, publish.progress(store, began), config.run.give_up_after)
     after.callback(attempts.keep, store, log_file, attempt, owner.confirm)
     base = pull.base(config, cache)
-    if not publish.trained(store):
+    if not publish.trained(store, began):
         from job import prepare
 
         data = prepare.dataset(
             config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache, after
         )
-        between = attempts.between(store, attempt)
-        task = launch.task(config, attempt, owner.token, between, base, data, cache)
-        made = launch.training(worker, task, environ, notice)
+        start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
+        made = launch.training(worker, launch.task(config, start, base, data, cache), environ, notice)
         publish.directory(store, made / "report", paths.REPORT, owner.confirm)
         publish.directory(store, made / "adapter", paths.ADAPTER, owner.confirm)
     adapter = pull.artefact(store, paths.ADAPTER, cache)
-    if config.merge.enabled and not storage.sealed(store, paths.MERGED):
+    if config.merge.enabled and not publish.merged(store, began):
         from job import merge
 
         publish.directory(store, merge.merged(config, base, adapter, cache), paths.MERGED, owner.confirm)
@@ -105,13 +104,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for pr
 @cli.command()
 @_config
 @_set
+@click.option("--restart", is_flag=True, help="Begin the run anew; what it published stays until it is replaced.")
 @_json
 @_debug
-def run(config: Path, overrides: tuple[str, ...], as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
+def run(config: Path, overrides: tuple[str, ...], restart: bool, as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
     """Do what is still missing of the run in CONFIG; exit 0 at once if nothing is."""
 
     def job(notice: preemption.Notice, after: ExitStack) -> None:
-        story(_read(config, overrides), os.environ, _worker_command(as_json=as_json), notice, after)
+        story(_read(config, overrides), os.environ, _worker_command(as_json=as_json), notice, after, restart=restart)
 
     _conclude(job, as_json=as_json, debug=debug)
 
@@ -215,11 +215,11 @@ def _cache(config: "Config", environ: Mapping[str, str]) -> "Cache":
     return paths.Cache.of(Path(config.run.cache).expanduser() if config.run.cache else default, config.run.url)
 
 
-def _over(store: "Store", config: "Config", notice: preemption.Notice) -> bool:
+def _over(store: "Store", config: "Config", began: int, notice: preemption.Notice) -> bool:
     """True if all of the run is in the store already; then a request to stop changes nothing any more."""
     from job import publish
 
-    record = publish.finished(store, config)
+    record = publish.finished(store, config, began)
     if record:
         notice.conclude()
         _say_done("this run is done already", config, record)

@@ -10,22 +10,18 @@ from pathlib import Path
 
 from job import cluster, config, errors, log, manifest, paths, preemption
 from job.config import Config
-from job.inputs import Base, Prepared, Task
+from job.inputs import Base, Prepared, Start, Task
 from job.preemption import Notice
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def task(
-    settings: Config, attempt: int, lease: str, between: float, base: Base, data: Prepared, cache: paths.Cache
-) -> Task:
+def task(settings: Config, start: Start, base: Base, data: Prepared, cache: paths.Cache) -> Task:
     """What the training process is told; the place of its result is that of these inputs and no others."""
-    digests = {"base": base.digest, "data": data.digest, "config": config.digest(settings)}
+    digests = {"base": base.digest, "data": data.digest, "config": config.digest(settings), "began": str(start.began)}
     out = cache.work(f"trained-{paths.digest(json.dumps(digests))}")
-    return Task(
-        settings, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), lease, between, digests
-    )
+    return Task(settings, start, base.path, data.path, out, cache.work("scratch"), cache.log(), digests)
 
 
 def training(command: Sequence[str], given: Task, environ: Mapping[str, str], notice: Notice) -> Path:

@@ -47,31 +47,39 @@ def done(
     return record
 
 
-def trained(store: Store) -> bool:
-    """Whether what training makes is in the store."""
-    return all(storage.sealed(store, place) for place in (paths.REPORT, paths.ADAPTER))
+def trained(store: Store, began: int) -> bool:
+    """Whether what training makes is in the store, made since attempt `began`."""
+    return bool(storage.sealed(store, paths.REPORT)) and _made(store, paths.ADAPTER, began)
 
 
-def progress(store: Store) -> tuple[int, int]:
-    """How far the run is: the directories that are published, and the step of the newest checkpoint."""
+def merged(store: Store, began: int) -> bool:
+    """Whether the merged model is in the store, made since attempt `began`."""
+    return _made(store, paths.MERGED, began)
+
+
+def progress(store: Store, began: int) -> tuple[int, int, int]:
+    """How far the run is: the attempt that began it, the directories published since, and its newest checkpoint."""
     sealed = [paths.step(entry.key) for entry in store.list(paths.CHECKPOINTS) if entry.key.endswith(manifest.NAME)]
-    published = [place for place in (paths.ADAPTER, paths.REPORT, paths.MERGED) if storage.sealed(store, place)]
-    return len(published), max(sealed, default=0)
+    published = trained(store, began) + merged(store, began)
+    return began, published, 0 if published else max(sealed, default=0)
 
 
-def finished(store: Store, settings: Config) -> dict[str, Any] | None:
-    """The content of ``done.json`` if the run is done and everything it names is still whole; None otherwise."""
+def finished(store: Store, settings: Config, began: int) -> dict[str, Any] | None:
+    """The content of ``done.json`` if the run that attempt `began` began is done and still whole; None otherwise."""
     blob = store.read(paths.DONE)
     if blob is None:
         return None
     try:
         record: dict[str, Any] = json.loads(blob.data)
-        named, made_with = dict(record["artefacts"]), record["inputs"]["config"]
+        named, inputs = dict(record["artefacts"]), dict(record["inputs"])
+        made_with = inputs["config"]
     except (ValueError, KeyError, TypeError) as e:
         log.warn(
             "publish.unreadable", f"{store.url}/{paths.DONE} cannot be read ({e!r}): looking at the results instead"
         )
         return None
+    if int(inputs.get("began", 0)) != began:
+        return None  # it is of the run before a restart
     if made_with != config.digest(settings):
         raise errors.ConfigError(f"{store.url}/{paths.DONE} is of a run with another config: use another run.url")
     changed = [place for place in _places(settings) if named.get(place) != _digest(store, place)]
@@ -83,6 +91,13 @@ def finished(store: Store, settings: Config) -> dict[str, Any] | None:
         )
         return None
     return record
+
+
+def _made(store: Store, place: str, began: int) -> bool:
+    told = store.read(place + paths.TRAINING)
+    if told is None or storage.sealed(store, place) is None:
+        return False
+    return int(json.loads(told.data)["inputs"].get("began", 0)) == began
 
 
 def _places(settings: Config) -> list[str]:

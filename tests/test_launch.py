@@ -18,7 +18,14 @@ from job import cluster, config, errors, inputs, launch, preemption
 def task(tiny_run: Callable[..., Path], tmp_path: Path) -> inputs.Task:
     settings = config.read(tiny_run())
     return inputs.Task(
-        settings, 1, tmp_path, tmp_path, tmp_path / "out", tmp_path / "scratch", tmp_path / "log", "token", 60.0, {}
+        settings,
+        inputs.Start(1, 0, "token", 60.0),
+        tmp_path,
+        tmp_path,
+        tmp_path / "out",
+        tmp_path / "scratch",
+        tmp_path / "log",
+        {},
     )
 
 

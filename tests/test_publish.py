@@ -46,11 +46,11 @@ def test_a_run_is_done_when_everything_it_names_is_there(
     store: storage.Store, settings: config.Config, facts: dict[str, object]
 ) -> None:
     """The record names inputs, outputs, versions and losses."""
-    assert publish.finished(store, settings) is None
+    assert publish.finished(store, settings, 0) is None
 
     record = publish.done(store, settings, facts, 3, lambda: None)
 
-    assert publish.finished(store, settings) == record
+    assert publish.finished(store, settings, 0) == record
     assert record["inputs"] == facts["inputs"]
     assert set(record["artefacts"]) == {"adapter/", "merged/", "report/"}
     assert record["attempt"] == 3
@@ -77,7 +77,7 @@ def test_a_record_that_does_not_fit_is_not_believed(
     else:
         store.put(paths.DONE, b'{"artefacts"' if damage == "unreadable" else b"{}")
 
-    assert publish.finished(store, settings) is None
+    assert publish.finished(store, settings, 0) is None
     assert "merged/" in caplog.text or "cannot be read" in caplog.text
 
 
@@ -88,7 +88,7 @@ def test_a_record_of_another_config_is_refused(
     publish.done(store, settings, facts, 1, lambda: None)
 
     with pytest.raises(errors.ConfigError, match="is of a run with another config"):
-        publish.finished(store, config.read(tiny_run(lora={"r": 4})))
+        publish.finished(store, config.read(tiny_run(lora={"r": 4})), 0)
 
 
 def test_without_a_merge_the_merged_model_is_not_asked_for(store: storage.Store, tiny_run: Callable[..., Path]) -> None:
@@ -98,7 +98,7 @@ def test_without_a_merge_the_merged_model_is_not_asked_for(store: storage.Store,
 
     publish.done(store, settings, FACTS | {"inputs": {"config": config.digest(settings)}}, 1, lambda: None)
 
-    assert publish.finished(store, settings)
+    assert publish.finished(store, settings, 0)
 
 
 def test_the_report_says_what_was_made_of_what(settings: config.Config, tmp_path: Path) -> None:

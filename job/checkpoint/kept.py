@@ -29,6 +29,7 @@ class Checkpoints:
     ) -> None:  # fmt: skip
         self._store, self._attempt, self._inputs, self._keep = store, attempt, dict(inputs), keep
         self._scratch, self._confirm = scratch, confirm
+        self._began = int(inputs.get("began", 0))  # older attempts are of the run before a restart
 
     def save(self, state: State, best_step: int | None) -> None:
         """Write, upload and seal `state`; afterwards remove what neither retention nor `best_step` keeps.
@@ -128,7 +129,7 @@ class Checkpoints:
         names = {
             m[0]: (int(m[1]), int(m[2]))
             for key in keys
-            if key.endswith(f"/{manifest.NAME}") and (m := _NAME.match(key))
+            if key.endswith(f"/{manifest.NAME}") and (m := _NAME.match(key)) and int(m[2]) >= self._began
         }
         return [(name, step) for name, (step, _) in sorted(names.items(), key=lambda item: item[1])]
 

@@ -32,9 +32,9 @@ def train(task: Task, notice: Notice) -> None:
     store = storage.connect(task.config.run.url)
     if task.config.run.conditional_writes == "emulated":
         store = storage.checked(store, paths.PROBE, required=False)
-    owner = lease.Lease(store, task.lease, task.config.run.lease_seconds)
+    owner = lease.Lease(store, task.start.lease, task.config.run.lease_seconds)
     checkpoints = checkpoint.Checkpoints(
-        store, task.attempt, task.inputs, task.config.checkpoint.keep, task.scratch, owner.confirm
+        store, task.start.attempt, task.inputs, task.config.checkpoint.keep, task.scratch, owner.confirm
     )
     resumed = checkpoints.latest()
     shutil.rmtree(task.out, ignore_errors=True)
@@ -67,7 +67,7 @@ def _trainer(
         eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
         callbacks=[
             Exact(settings.run.seed),
-            Cadence(notice, saving, settings.checkpoint, task.between, keep_best=keep_best),
+            Cadence(notice, saving, settings.checkpoint, task.start.between, keep_best=keep_best),
             progress,
         ],
     )
