@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, S3, command, files
 
+from job import manifest
+
 Job = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -112,6 +114,28 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     assert not [p for p in files(tmp_path / "broken") if ".part" in p]
 
 
+def test_a_restart_replaces_what_was_published_when_there_is_something_new(
+    tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """Stopped in the middle, the old results are whole; the next start goes on with the new run without being asked."""
+    old = tiny_run("old.yaml", train={"max_steps": 2})
+    assert job("run", old).returncode == 0
+    run, adapter = tmp_path / "run", (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    new = tiny_run(train={"max_steps": 4})
+    assert job("run", new).returncode == 64
+
+    status, seen = stop_at("checkpoint.saved", new, signal.SIGKILL, "--restart")
+
+    assert status == -signal.SIGKILL, seen
+    assert manifest.sealed(run / "adapter") == manifest.of(run / "adapter")
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    end = job("run", new)
+    assert end.returncode == 0, end.stderr
+    assert "going on after step" in end.stderr
+    assert json.loads((run / "done.json").read_text())["training"]["steps"] == 4
+    assert job("run", old).returncode == 64
+
+
 def test_of_two_starts_at_once_one_does_the_run(tiny_run: Callable[..., Path], tmp_path: Path) -> None:
     """The other says who does, asks to be started again, and leaves no trace."""
     config = tiny_run(run={"lease_seconds": 4.0})
@@ -167,10 +191,14 @@ def evaluations(run: Path) -> dict[int, float]:
     return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
-def stop_at(event: str, config: Path, number: signal.Signals) -> tuple[int, list[str]]:
+def stop_at(event: str, config: Path, number: signal.Signals, *more: str) -> tuple[int, list[str]]:
     """Start the job, send it the signal when `event` is seen in its output, and return its status."""
     with subprocess.Popen(
-        command("run", config, "--json"), cwd=config.parent, env=dict(os.environ), stderr=subprocess.PIPE, text=True
+        command("run", config, "--json", *more),
+        cwd=config.parent,
+        env=dict(os.environ),
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         seen = []
         assert process.stderr
