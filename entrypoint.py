@@ -44,13 +44,13 @@ def story(
     pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
     owner, attempt = lease.take(store, config.run.lease_seconds)
     after.callback(owner.release)
-    owner.keep(notice.interrupt)
     preemption.watch(preemption.Endpoints.of(environ), notice)
-    began = claim.claim(store, config, attempt if restart else None)
+    began = claim.claim(store, config, attempt if restart else None, owner.confirm)
     if _over(store, config, began, notice):  # by the start that owned it until now
         return
     log_file = _log_to(cache)
     attempts.begin(store, log_file, attempt, publish.progress(store, began), config.run.give_up_after)
+    owner.keep(notice.interrupt, attempts.Witness(store, log_file, attempt))
     after.callback(attempts.keep, store, log_file, attempt, owner.confirm)
     base = pull.base(config, cache)
     if not publish.trained(store, began):
@@ -184,7 +184,7 @@ def _conclude(
         except (Exception, errors.Preempted) as e:  # noqa: BLE001 - the one place where errors become statuses
             notice.conclude()
             status, message = errors.explain(e)
-            if alone or status != errors.AGAIN:
+            if alone or not isinstance(e, errors.Preempted):
                 say = log.warn if status == errors.AGAIN else log.error
                 say("run.end", message, status=status, traceback=traceback.format_exc())
             if debug:

@@ -4,16 +4,18 @@ import itertools
 import json
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job import errors, log, paths
+from job import errors, log, paths, storage
 from job.storage import Entry, Store
 
 _WITNESS_SECONDS = 5.0
-_END_BYTES = 1 << 14  # of a log, that hold its first and its last words
+_KEPT_SECONDS = 60.0  # between two times that the log of a living attempt is kept
+_END_BYTES = 1 << 16  # of a log, that hold its first and its last words
 _REMEMBERED = 20  # attempts
 _GUESS_SECONDS = 4 * 3600.0  # counts like one preemption after so long
 _BEGIN, _ENDS = "attempt.begin", ("run.end", "run.done")
@@ -30,20 +32,18 @@ class Attempt:
     progress: Progress
     seconds: float
     ending: str
-    preempted: bool
+    asked: bool  # to stop, by the cluster or because another start owns the run
+    killed: bool  # it ended without a word
 
 
 def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: int) -> None:
     """Keep that attempt `number` was started when the run was as far as `progress` says.
 
-    Raises `errors.PermanentError` if the `limit` attempts before it began there too, with the reasons of each: so
-    would this one.
+    Raises `errors.PermanentError` if `limit` attempts before it, of those that nobody asked to stop, began there too,
+    with the reasons of each: so would this one.
     """
-    stuck: list[Attempt] = []
-    for attempt in _before(store, number):
-        if attempt.progress != progress or len(stuck) == limit:
-            break
-        stuck.append(attempt)
+    here = itertools.takewhile(lambda attempt: attempt.progress == progress, _before(store, number))
+    stuck = list(itertools.islice((attempt for attempt in here if not attempt.asked), limit))
     if len(stuck) >= limit:
         told = "\n".join(f"  attempt {a.number} on {a.host}, {a.seconds:.0f} s: {a.ending}" for a in reversed(stuck))
         raise errors.PermanentError(
@@ -52,6 +52,20 @@ def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: 
         )
     log.event(_BEGIN, f"attempt {number} of {store.url}", attempt=number, host=platform.node(), progress=progress)
     store.create(paths.attempt(number), log_file.read_bytes())
+
+
+class Witness:
+    """Keeps the log of an attempt in the store now and then, so that something is known of one that is killed."""
+
+    def __init__(self, store: Store, log_file: Path, number: int) -> None:
+        self._store, self._log_file, self._number = store, log_file, number
+        self._kept = time.monotonic()
+
+    def __call__(self) -> None:
+        """Keep it if that was long ago."""
+        if time.monotonic() - self._kept >= _KEPT_SECONDS:
+            self._kept = time.monotonic()
+            self._store.put(paths.attempt(self._number), self._log_file.read_bytes())
 
 
 def keep(store: Store, log_file: Path, number: int, confirm: Callable[[], None]) -> None:
@@ -78,7 +92,7 @@ def between(store: Store, number: int) -> float:
     """Mean seconds between preemptions, as the last attempts before `number` saw it; at first a guess of some hours."""
     seen = list(itertools.islice(_before(store, number), _REMEMBERED))
     lasted = sum(attempt.seconds for attempt in seen)
-    return (lasted + _GUESS_SECONDS) / (sum(attempt.preempted for attempt in seen) + 1)
+    return (lasted + _GUESS_SECONDS) / (sum(attempt.asked or attempt.killed for attempt in seen) + 1)
 
 
 def _before(store: Store, number: int) -> Iterator[Attempt]:
@@ -101,14 +115,18 @@ def _read(store: Store, entry: Entry, number: int) -> Attempt:
         tuple(began.get("progress", ())),
         max(times) - min(times) if times else 0.0,
         ending["message"] if ending else f"killed, or its machine was lost{said}",
-        preempted=ending is None or ending.get("status") == errors.AGAIN,
+        asked=ending is not None and ending.get("status") == errors.AGAIN,
+        killed=ending is None,
     )
 
 
 def _lines(store: Store, entry: Entry, start: int) -> Sequence[dict[str, Any]]:
     """The whole lines among some bytes of a log."""
     start = max(0, start)
-    text = b"".join(store.stream(entry, start, min(entry.size, start + _END_BYTES))).decode(errors="replace")
+    if not entry.size:
+        return []
+    stop = min(entry.size, start + _END_BYTES)
+    text = storage.read_range(store, entry, start, stop).decode(errors="replace")
     found = []
     for line in text.splitlines():
         try:

@@ -1,5 +1,7 @@
 """Whether the run URL is ours: the config that the run was begun with, and if this one may go on with it."""
 
+from collections.abc import Callable
+
 from job import config, errors, log, paths
 from job.config import Config
 from job.storage import Store
@@ -28,7 +30,7 @@ def agree(store: Store, ours: Config) -> int:
     return config.began(there.data)
 
 
-def claim(store: Store, ours: Config, restart: int | None) -> int:
+def claim(store: Store, ours: Config, restart: int | None, confirm: Callable[[], None]) -> int:
     """Keep the config under the run URL; only the owner of the run may (see `lease`).
 
     With `restart`, the number of this attempt, the run begins anew, also with another config: what was published stays
@@ -39,6 +41,7 @@ def claim(store: Store, ours: Config, restart: int | None) -> int:
     if restart is None:
         agree(store, ours)  # once more: another start may have been at work since
     there = store.read(paths.CONFIG)
+    confirm()
     began = restart or (config.began(there.data) if there else 0)
     if there is None:
         store.create(paths.CONFIG, config.claimed(ours, began))

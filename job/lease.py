@@ -26,6 +26,7 @@ from job.storage import Blob, Store
 
 _RENEWALS = 4  # in the time of a lease
 _LOOKS = 20  # of a watcher, in the same time
+_LAST_SECONDS = 5.0  # for giving it back
 _PROC = Path("/proc")
 _BEGAN = 19  # the field of /proc/<pid>/stat after the command, proc(5): clock ticks from the machine's start
 
@@ -71,26 +72,34 @@ class Lease:
         """
         self._write({})
 
-    def keep(self, lost: Callable[[errors.JobError], None]) -> None:
-        """Renew it from now on in a thread of its own; call `lost` if another attempt has it."""
-        threading.Thread(target=self._keep, args=(lost,), daemon=True, name="lease").start()
+    def keep(self, lost: Callable[[errors.JobError], None], renewed: Callable[[], None] = lambda: None) -> None:
+        """Renew it from now on in a thread of its own; call `lost` if another attempt has it, and `renewed` if not."""
+        threading.Thread(target=self._keep, args=(lost, renewed), daemon=True, name="lease").start()
 
     def release(self) -> None:
         """Tell the next start that it need not wait. A failure here costs it some seconds, and is only said."""
         self._ended.set()
-        try:
-            self._write({"released": True})
-        except errors.JobError as e:
-            log.event("lease.release", f"the lease was not given back: {e}")
 
-    def _keep(self, lost: Callable[[errors.JobError], None]) -> None:
+        def write() -> None:
+            try:
+                self._write({"released": True})
+            except (errors.JobError, OSError) as e:
+                log.event("lease.release", f"the lease was not given back: {e}")
+
+        # In a thread, because a silent store must not use up the time of grace.
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join(_LAST_SECONDS)
+
+    def _keep(self, lost: Callable[[errors.JobError], None], renewed: Callable[[], None]) -> None:
         while not self._ended.wait(self.seconds / _RENEWALS):
             try:
                 self.confirm()
+                renewed()
             except errors.FencedError as e:
                 lost(e)
                 return
-            except errors.JobError as e:
+            except (errors.JobError, OSError) as e:
                 log.warn("lease.renew", f"the lease could not be renewed: {e}; trying again")
 
     def _write(self, change: Mapping[str, Any]) -> None:

@@ -26,9 +26,10 @@ def checkpoint(step: int, number: int) -> str:
     return f"{CHECKPOINTS}{step:08d}-{number}/"
 
 
-def step(key: str) -> int:
-    """The step of the checkpoint that a file with this key belongs to."""
-    return int(key.removeprefix(CHECKPOINTS).partition("-")[0])
+def step(key: str) -> tuple[int, int]:
+    """The step, and the attempt, of the checkpoint that a file with this key belongs to."""
+    step, _, attempt = key.removeprefix(CHECKPOINTS).partition("/")[0].partition("-")
+    return int(step), int(attempt)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def done(
     store: Store, settings: Config, facts: Mapping[str, Any], number: int, confirm: Callable[[], None]
 ) -> dict[str, Any]:
     """Write ``done.json``: what came in, what went out, and how it went. Returns its content."""
+    confirm()
     record = {
         "run": settings.run.name,
         "inputs": facts["inputs"],
@@ -59,7 +60,10 @@ def merged(store: Store, began: int) -> bool:
 
 def progress(store: Store, began: int) -> tuple[int, int, int]:
     """How far the run is: the attempt that began it, the directories published since, and its newest checkpoint."""
-    sealed = [paths.step(entry.key) for entry in store.list(paths.CHECKPOINTS) if entry.key.endswith(manifest.NAME)]
+    found = (
+        paths.step(entry.key) for entry in store.list(paths.CHECKPOINTS) if entry.key.endswith(f"/{manifest.NAME}")
+    )
+    sealed = [step for step, attempt in found if attempt >= began]
     published = trained(store, began) + merged(store, began)
     return began, published, 0 if published else max(sealed, default=0)
 

@@ -33,13 +33,19 @@ def logged(path: Path) -> Iterator[None]:
 def attempt(store: storage.Store, tmp_path: Path, said: Callable[[], str]) -> Callable[..., None]:  # noqa: ARG001 - makes the job's code talk
     """One start of the run from its beginning to its end, or to where it was killed."""
 
-    def start(number: int, progress: tuple[int, int], ending: str | None = "the store is away", limit: int = 3) -> None:
+    def start(
+        number: int,
+        progress: tuple[int, int],
+        ending: str | None = "no store",
+        status: int = 1,
+        limit: int = 3,
+    ) -> None:
         path = tmp_path / f"{number}.jsonl"
         with logged(path):
             attempts.begin(store, path, number, progress, limit)
             log.event("pull.done", "pulled the base")
             if ending:
-                log.error("run.end", ending)
+                log.error("run.end", ending, status=status)
                 attempts.keep(store, path, number, lambda: None)
 
     return start
@@ -59,24 +65,25 @@ def test_an_attempt_is_there_from_its_first_moment(store: storage.Store, attempt
 def test_attempts_that_get_nowhere_end_for_good_with_their_reasons(
     store: storage.Store, attempt: Callable[..., None]
 ) -> None:
-    """However they ended; the start that gives up does not count as one."""
+    """The start that gives up does not count as one, nor do those that were asked to stop: they did nothing wrong."""
     attempt(1, (0, 10))
     attempt(2, (0, 20))
-    attempt(3, (0, 20), ending=None)
-    attempt(4, (0, 20), "asked to stop")
+    attempt(3, (0, 20), "asked to stop", status=75)
+    attempt(4, (0, 20), ending=None)
+    attempt(5, (0, 20), "the disk is full")
 
     with pytest.raises(errors.PermanentError) as caught:
-        attempt(5, (0, 20))
+        attempt(6, (0, 20))
 
     assert caught.value.status == 64
     told = str(caught.value).splitlines()
     assert "3 attempts in a row made no progress" in told[0]
     assert "attempt 2 on " in told[1]
-    assert told[1].endswith("the store is away")
+    assert told[1].endswith("no store")
     assert "killed, or its machine was lost" in told[2]
-    assert told[3].endswith("asked to stop")
+    assert told[3].endswith("the disk is full")
     assert "larger run.give_up_after (it is 3)" in told[4]
-    assert store.read("attempts/5.jsonl") is None
+    assert store.read("attempts/6.jsonl") is None
 
 
 def test_progress_begins_the_count_anew(attempt: Callable[..., None]) -> None:

@@ -1,6 +1,7 @@
 """Which training steps are safe: what is kept, what is skipped, what is forgotten, and what comes back."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data if damage == "flip" else data[:-1])
+    shutil.rmtree(tmp_path / "checkpoints")  # another machine
 
     found = checkpoints(2).latest()
 
@@ -221,4 +223,4 @@ def test_the_newest_checkpoint_is_here_already_after_a_restart_of_the_job(
 
     assert found
     assert found.step == 2
-    assert {p.name for p in (tmp_path / "scratch-1").iterdir() if p.is_dir()} == {"00000002-1"}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"00000002-1"}

@@ -1,5 +1,6 @@
 """Several examples in one sequence: nothing is lost, and none of them sees another."""
 
+import os
 import random
 from pathlib import Path
 
@@ -51,14 +52,15 @@ def test_every_example_is_in_one_sequence_and_whole(path: Path, rows: list[list[
 
 
 def test_packing_the_same_gives_the_same(path: Path) -> None:
-    """The digest of the data is that of the run."""
+    """To the byte, wherever and whenever: the digest of the data says if a checkpoint belongs to them."""
     again = path.with_name("again.arrow")
     again.write_bytes(path.read_bytes())
+    os.utime(again, (1, 1))
 
     packing.pack(path, 64)
     packing.pack(again, 64)
 
-    assert Dataset.from_file(str(path))[:] == Dataset.from_file(str(again))[:]
+    assert path.read_bytes() == again.read_bytes()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

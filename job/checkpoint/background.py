@@ -1,7 +1,9 @@
 """Checkpoints on their way to the store while training goes on."""
 
+import math
 import threading
 import time
+from collections.abc import Callable
 
 from job import errors, log
 from job.checkpoint.kept import Checkpoints
@@ -13,8 +15,9 @@ _LOOK_SECONDS = 0.2  # how soon a waiting main thread hears a signal
 class Background:
     """Saves states in a thread of its own, one after another.
 
-    Three of them are in memory at most: one on its way, the newest one, and the best one. Where the network is slower
-    than the cadence, a newer state takes the place of one that still waits; the last and the best one always arrive.
+    Four of them are in memory at most: one on its way, two that wait (the newest and the best), and a new one. Where
+    the network is slower than the cadence, a newer state takes the place of one that still waits; the last and the
+    best one always arrive.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -46,18 +49,24 @@ class Background:
 
     def expected(self) -> float:
         """Seconds until a state that is submitted now will be safe; 0 if none has been saved yet."""
-        return self.upload * (2 if self._busy else 1)
+        return self.upload * (1 + self._busy + len(self._waiting))
 
     def check(self) -> None:
         """Raise the error, if there was one, that no further checkpoint could get around."""
         if self._failure:
             raise self._failure
 
-    def finish(self) -> None:
-        """Wait until all that was submitted is in the store; raises the error of what is not."""
+    def finish(self, left: Callable[[], float] = lambda: math.inf) -> None:
+        """Wait until all that was submitted is in the store, as long as there are seconds `left`.
+
+        Raises the error of what is not there.
+        """
         with self._changed:
             self._closing = True
             while (self._waiting or self._busy) and not self._failure:
+                if left() <= 0:
+                    log.warn("checkpoint.late", "no time is left for the last checkpoint: the one before it counts")
+                    return
                 self._changed.wait(_LOOK_SECONDS)
         self.check()
 

@@ -41,14 +41,17 @@ class Checkpoints:
         local.mkdir(parents=True)
         write(state, self._inputs, local)
         whole = storage.push(self._store, local, paths.checkpoint(state.step, self._attempt), self._confirm)
-        self._keep_here(local, paths.checkpoint(state.step, self._attempt), whole)
         log.event(
             "checkpoint.saved",
             f"checkpoint at step {state.step} sealed ({log.size(whole.size)})",
             step=state.step,
             bytes=whole.size,
         )
-        self._forget(best_step)
+        try:
+            self._keep_here(local, paths.checkpoint(state.step, self._attempt), whole)
+            self._forget(state.step, best_step)
+        except (errors.StoreError, OSError) as e:  # what was to be kept is kept
+            log.warn("checkpoint.untidy", f"after the checkpoint at step {state.step}: {e}; the next one tidies up")
 
     def latest(self) -> Found | None:
         """The newest checkpoint that verifies, pulled to the local disk; older ones stand in for damaged ones.
@@ -89,14 +92,14 @@ class Checkpoints:
         return Found(step, target)
 
     def _here(self, name: str) -> Path:
-        return self._scratch / name.removeprefix(paths.CHECKPOINTS).rstrip("/")
+        return self._scratch.parent / paths.CHECKPOINTS / name.removeprefix(paths.CHECKPOINTS).rstrip("/")
 
     def _keep_here(self, local: Path, name: str, whole: manifest.Manifest) -> None:
         """Keep the newest checkpoint on this disk as if it had been fetched: a restart here need not wait for it."""
         (local / manifest.NAME).write_bytes(whole.to_json())
         with storage.alone(self._here(name)) as place:
             place.fill(local)
-        for older in self._scratch.glob("[0-9]*-*"):
+        for older in self._here(name).parent.iterdir():
             if older != self._here(name) and older.is_dir():
                 shutil.rmtree(older)
 
@@ -116,7 +119,7 @@ class Checkpoints:
     def _same_inputs(self, directory: Path, name: str) -> None:
         theirs = inputs(directory)
         for what, digest in self._inputs.items():
-            if theirs.get(what) != digest:
+            if theirs.get(what, "0" if what == "began" else None) != digest:
                 raise errors.ModelError(
                     f"{self._store.url}/{name} was trained with another {what} (digest {theirs.get(what)}, "
                     f"now {digest}): "
@@ -133,10 +136,12 @@ class Checkpoints:
         }
         return [(name, step) for name, (step, _) in sorted(names.items(), key=lambda item: item[1])]
 
-    def _forget(self, best_step: int | None) -> None:
+    def _forget(self, step: int, best_step: int | None) -> None:
+        """Remove what neither retention nor `best_step` keeps. What is newer than `step` was unreadable: it stays."""
         self._confirm()
         sealed = self._sealed()
-        kept = {name for name, step in sealed[-self._keep :]} | {name for name, step in sealed if step == best_step}
+        newest = [name for name, number in sealed if number <= step][-self._keep :]
+        kept = {*newest, *(name for name, number in sealed if number == best_step or number > step)}
         everything = {m[0]: int(m[2]) for entry in self._store.list(paths.CHECKPOINTS) if (m := _NAME.match(entry.key))}
         for name, attempt in everything.items():
             if name not in kept and attempt <= self._attempt:

@@ -25,7 +25,7 @@ class Notice:
         self.reason: str | None = None
         self.since = 0.0  # when the request came, by time.monotonic()
         self.at_risk: str | None = None  # why the request may come soon
-        self._deferred = False
+        self._deferred, self._concluded = False, False
         self._failure: BaseException | None = None
 
     def listen(self) -> None:
@@ -34,6 +34,7 @@ class Notice:
             signal.signal(number, self._heard)
         signal.signal(_WAKE, self._woken)
         signal.signal(RISK, lambda _number, _frame: self.warn("so says the job"))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {RISK})  # whoever starts us blocks it until we listen
 
     def check(self) -> None:
         """Raise `errors.Preempted` if the request has come."""
@@ -68,14 +69,17 @@ class Notice:
 
     def conclude(self) -> None:
         """From now on hear nothing: the outcome is certain, and what is left to do takes a moment."""
+        self._concluded = True  # before anything else: a signal may come between any two lines
         for number in (*SIGNALS, _WAKE, RISK):
             signal.signal(number, signal.SIG_IGN)
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
-        if self._note(signal.Signals(number).name) and not self._deferred:
+        if not self._concluded and self._note(signal.Signals(number).name) and not self._deferred:
             self.check()
 
     def _woken(self, _number: int, _frame: FrameType | None) -> None:
+        if self._concluded:
+            return
         if self._failure:
             raise self._failure
         if not self._deferred:

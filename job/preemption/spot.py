@@ -4,6 +4,7 @@ Each is asked every five seconds, as AWS recommends ("Spot Instance interruption
 VM instances", Compute Engine documentation; "Scheduled Events for Linux VMs", Azure documentation).
 """
 
+import http.client
 import json
 import threading
 import urllib.error
@@ -16,6 +17,7 @@ from job import log
 from job.preemption.notice import Notice
 
 _POLL_SECONDS = 5.0
+_SEARCHES, _SEARCH_SECONDS = 3, 30.0  # a metadata service may be slow when its machine has just been started
 _PATIENCE_SECONDS = 2.0  # they are on the machine itself or not at all
 _LINK_LOCAL = "http://169.254.169.254"
 _AZURE_TAKES = ("Preempt", "Terminate", "Reboot", "Redeploy")
@@ -56,18 +58,22 @@ def watch(endpoints: Endpoints, notice: Notice) -> None:
 
 
 def _watch(endpoints: Endpoints, notice: Notice) -> None:
-    service = next((found for find in (_Aws.find, _Gcp.find, _Azure.find) if (found := find(endpoints))), None)
-    if service is None:
+    pause = threading.Event()
+    for _ in range(_SEARCHES):
+        service = next((found for find in (_Aws.find, _Gcp.find, _Azure.find) if (found := find(endpoints))), None)
+        if service:
+            break
+        pause.wait(_SEARCH_SECONDS)
+    else:
         return
     log.event("spot.watch", f"watching for spot notices of {type(service).__name__.lstrip('_').upper()}")
-    pause = threading.Event()
     while not notice.reason:
         try:
             if why := service.taken():
                 notice.request(why)
             elif why := service.at_risk():
                 notice.warn(why)
-        except (OSError, ValueError) as e:
+        except Exception as e:  # noqa: BLE001 - whatever it answers, asking again is all that can be done
             log.event("spot.silent", f"the metadata service did not answer: {e}")
         pause.wait(_POLL_SECONDS)
 
@@ -157,7 +163,7 @@ def _found(ask: Callable[[], str | None]) -> str | None:
     """What the service answers; None where there is none."""
     try:
         return ask()
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
 
 

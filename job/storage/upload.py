@@ -32,8 +32,9 @@ def push(store: Store, directory: Path, prefix: str, confirm: Callable[[], None]
     confirm()
     if manifest.NAME in there:
         store.delete(prefix + manifest.NAME)  # from here on the old content is no longer whole, nor a part of it
-    sent = _send(store, prefix, {name: path for name, path in paths.items() if name not in same})
+    sent = _send(store, prefix, {name: path for name, path in paths.items() if name not in same}, confirm)
     whole = Manifest({**same, **sent})
+    confirm()
     _clear(store, prefix, whole)
     confirm()
     store.create(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
@@ -61,11 +62,11 @@ def _same(
     return found
 
 
-def _send(store: Store, prefix: str, paths: Mapping[str, Path]) -> dict[str, File]:
+def _send(store: Store, prefix: str, paths: Mapping[str, Path], confirm: Callable[[], None]) -> dict[str, File]:
     files = {name: Outgoing(store, path, prefix + name) for name, path in paths.items()}
     largest_first = sorted(files.values(), key=lambda file: -file.size)
     with (
-        _concluded(store, prefix, largest_first),
+        _concluded(store, prefix, largest_first, confirm),
         crew.crew("push.transfer", f"push {store.url}/{prefix}", sum(file.size for file in largest_first)) as hands,
     ):
         hands.work(partial(file.send_next, hands) for file in largest_first for _ in range(file.parts))
@@ -73,19 +74,29 @@ def _send(store: Store, prefix: str, paths: Mapping[str, Path]) -> dict[str, Fil
 
 
 @contextlib.contextmanager
-def _concluded(store: Store, prefix: str, files: Sequence[Outgoing]) -> Iterator[None]:
-    """Leave nothing unfinished after a failure; after a request to stop, what a later start can go on with."""
+def _concluded(store: Store, prefix: str, files: Sequence[Outgoing], confirm: Callable[[], None]) -> Iterator[None]:
+    """Leave nothing unfinished after a failure; after a request to stop, what a later start can go on with.
+
+    Where we may not write any more, what is unfinished may be somebody else's.
+    """
     try:
         yield
-    except Exception:
-        for file in files:
-            file.abort()
-        store.sweep(prefix)
-        raise
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, Exception) and _granted(confirm):
+            for file in files:
+                file.abort()
+            store.sweep(prefix)
         for file in files:
             file.leave()
         raise
+
+
+def _granted(confirm: Callable[[], None]) -> bool:
+    try:
+        confirm()
+    except errors.JobError:
+        return False
+    return True
 
 
 def _clear(store: Store, prefix: str, whole: Manifest) -> None:

@@ -1,8 +1,10 @@
 """One attempt at training: load, resume, train, choose the best, write the result."""
 
 import json
+import math
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -37,12 +39,16 @@ def train(task: Task, notice: Notice) -> None:
         store, task.start.attempt, task.inputs, task.config.checkpoint.keep, task.scratch, owner.confirm
     )
     resumed = checkpoints.latest()
-    shutil.rmtree(task.out, ignore_errors=True)
-    progress = Progress(task.out / "report")
+    made = task.scratch / "made"
+    progress = Progress(made / "report")
     saving = checkpoint.Background(checkpoints)
     trainer = _trainer(task, saving, resumed, notice, progress)
-    _run(trainer, saving, resumed, notice, progress)
-    _write(task, trainer, checkpoints)
+    _run(trainer, saving, resumed, notice, task.config.checkpoint.grace_seconds, progress)
+    _write(task, trainer, checkpoints, made)
+    owner.confirm()  # the place is that of every attempt on this machine
+    manifest.seal(made)
+    shutil.rmtree(task.out, ignore_errors=True)
+    made.rename(task.out)
 
 
 def _trainer(
@@ -132,7 +138,7 @@ def _state(found: checkpoint.Found) -> transformers.TrainerState:
 
 
 def _run(
-    trainer: Trainer, saving: checkpoint.Background, resumed: checkpoint.Found | None, notice: Notice,
+    trainer: Trainer, saving: checkpoint.Background, resumed: checkpoint.Found | None, notice: Notice, grace: float,
     progress: Progress,
 ) -> None:  # fmt: skip
     if resumed and (state := _state(resumed)).global_step >= state.max_steps:
@@ -149,7 +155,7 @@ def _run(
     try:
         with notice.deferred():
             trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
-            saving.finish()
+            saving.finish(lambda: _left(notice, grace))
     except torch.OutOfMemoryError as e:
         raise errors.PermanentError(
             f"the GPU's memory is too small: {e}. Lower train.micro_batch_size (the result stays the same) "
@@ -163,7 +169,12 @@ def _run(
     )
 
 
-def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints) -> None:
+def _left(notice: Notice, grace: float) -> float:
+    """Seconds until the cluster kills us, as far as we know."""
+    return grace - (time.monotonic() - notice.since) if notice.reason else math.inf
+
+
+def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, made: Path) -> None:
     best = trainer.state.best_global_step if task.config.train.keep_best else None
     if best and best != trainer.state.global_step:
         log.event(
@@ -172,7 +183,7 @@ def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints) ->
             step=best,
         )
         checkpoint.restore_adapter(checkpoints.at(best).path, trainer.model)
-    adapter, report = task.out / "adapter", task.out / "report"
+    adapter, report = made / "adapter", made / "report"
     shape = trainer.model.peft_config["default"]
     shape.base_model_name_or_path = task.config.model.base  # not where the cache of this machine is
     trainer.model.save_pretrained(str(adapter))
@@ -188,7 +199,6 @@ def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints) ->
     (adapter / paths.TRAINING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for name in ("data.json", "sample.txt"):
         shutil.copyfile(task.data / name, report / name)
-    manifest.seal(task.out)
 
 
 def _facts(task: Task, state: transformers.TrainerState, best: int | None) -> dict[str, Any]:
