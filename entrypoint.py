@@ -42,8 +42,7 @@ def story(
         return
     store = storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
     pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
-    owner, attempt = lease.take(store, config.run.lease_seconds)
-    after.callback(owner.release)
+    owner, attempt = lease.take(store, config.run.lease_seconds, after)
     preemption.watch(preemption.Endpoints.of(environ), notice)
     began = claim.claim(store, config, attempt if restart else None, owner.confirm)
     if _over(store, config, began, notice):  # by the start that owned it until now

@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,14 @@ class Lease:
         threading.Thread(target=self._keep, args=(lost, renewed), daemon=True, name="lease").start()
 
     def release(self) -> None:
-        """Tell the next start that it need not wait. A failure here costs it some seconds, and is only said."""
+        """If it is ours, tell the next start that it need not wait. A failure costs that some seconds, and is said."""
         self._ended.set()
 
         def write() -> None:
             try:
                 self._write({"released": True})
+            except errors.FencedError:
+                return  # it never was ours, or is not any more
             except (errors.JobError, OSError) as e:
                 log.event("lease.release", f"the lease was not given back: {e}")
 
@@ -120,21 +123,22 @@ class Lease:
             return
 
 
-def take(store: Store, seconds: float) -> tuple[Lease, int]:
-    """Become the owner of the run; also returns the number of this attempt, which no other has.
+def take(store: Store, seconds: float, after: ExitStack) -> tuple[Lease, int]:
+    """Become the owner of the run until `after` is closed; also returns this attempt's number, which no other has.
 
     Waits until it is certain whether an owner that did not give the lease back still lives, at most as long as its
     lease says. Raises `errors.OwnedError` if it does.
     """
+    owner = Lease(store, uuid.uuid4().hex, seconds)
+    after.callback(owner.release)  # first: a request to stop may come right after the write
     while True:
         there = store.read(paths.LEASE)
         old = _parsed(there)
         if there and not _is_over(old):
             _watch(store, there, old, seconds)
         number = _next(store, old)
-        token = uuid.uuid4().hex
         mine = {
-            "token": token,
+            "token": owner.token,
             "attempt": number,
             "seconds": seconds,
             "renewed": 0,
@@ -150,7 +154,7 @@ def take(store: Store, seconds: float) -> tuple[Lease, int]:
             continue  # somebody was faster, or the owner lives
         if there and not old.get("released"):
             log.event("lease.taken", f"took the run over from {_described(old)}, which is gone", attempt=number)
-        return Lease(store, token, seconds), number
+        return owner, number
 
 
 def _watch(store: Store, seen: Blob, old: Mapping[str, Any], seconds: float) -> None:

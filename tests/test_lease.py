@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,17 @@ from job import errors, lease, storage
 SECONDS = 2.0
 ELSEWHERE = {"host": "elsewhere", "boot": "b", "space": "s", "number": 1, "began": 1}
 OWNER = (
-    "import sys, time; from job import lease, storage\n"
+    "import sys, time; from contextlib import ExitStack; from job import lease, storage\n"
     "def lost(error): print(error, flush=True)\n"
-    f"owner, number = lease.take(storage.connect(sys.argv[1]), {SECONDS})\n"
+    f"owner, number = lease.take(storage.connect(sys.argv[1]), {SECONDS}, ExitStack())\n"
     "owner.keep(lost); print(number, flush=True); time.sleep(60)"
 )
 RIVAL = (
-    "import sys; from job import errors, lease, storage\n"
+    "import sys; from contextlib import ExitStack; from job import errors, lease, storage\n"
     "for url in sys.stdin:\n"
     "    store = storage.connect(url.strip())\n"
     "    try:\n"
-    f"        owner, number = lease.take(store, {SECONDS})\n"
+    f"        owner, number = lease.take(store, {SECONDS}, ExitStack())\n"
     "        owner.keep(print); owner.confirm(); store.create(f'written-{owner.token}', b'1')\n"
     "        print('owner', flush=True)\n"
     "    except errors.OwnedError: print('owned', flush=True)"
@@ -80,9 +81,9 @@ def test_a_lease_that_was_given_back_is_taken_at_once(store: storage.Store, said
     """Every attempt gets a number of its own, also where older ones left only their logs."""
     store.put("attempts/6.jsonl", b"")
 
-    first, one = lease.take(store, SECONDS)
+    first, one = lease.take(store, SECONDS, ExitStack())
     first.release()
-    _, two = lease.take(store, SECONDS)
+    _, two = lease.take(store, SECONDS, ExitStack())
 
     assert (one, two) == (7, 8)
     assert "watching" not in said()
@@ -93,7 +94,7 @@ def test_a_live_owner_is_named_and_left_alone(store: storage.Store, owner: Calla
     process = owner()
 
     with pytest.raises(errors.OwnedError, match=rf"attempt 1 \(process {process.pid} on ") as caught:
-        lease.take(store, SECONDS)
+        lease.take(store, SECONDS, ExitStack())
 
     assert caught.value.status == 75
     assert content(store)["attempt"] == 1
@@ -107,7 +108,7 @@ def test_an_owner_that_is_gone_from_this_machine_costs_no_time(
     process.kill()
     process.wait()
 
-    _, number = lease.take(store, 3600)
+    _, number = lease.take(store, 3600, ExitStack())
 
     assert number == 2
     assert "watching" not in said()
@@ -125,7 +126,7 @@ def test_a_dead_owner_elsewhere_is_replaced_after_the_time_of_its_lease(
         store.create("lease.json", b"{")
     begun = time.monotonic()
 
-    _, number = lease.take(store, SECONDS)
+    _, number = lease.take(store, SECONDS, ExitStack())
 
     assert time.monotonic() - begun >= SECONDS
     assert number == (5 if left == "dead" else 1)
@@ -145,7 +146,7 @@ def test_a_process_with_the_same_number_is_not_the_owner() -> None:
 
 def test_an_owner_that_was_replaced_notices_and_writes_nothing(store: storage.Store) -> None:
     """A machine that was paused for longer than its lease wakes up and must not seal anything."""
-    paused, _ = lease.take(store, SECONDS)
+    paused, _ = lease.take(store, SECONDS, ExitStack())
     there = store.read("lease.json")
     assert there
     store.replace("lease.json", there.data.replace(paused.token.encode(), b"another"), there.version)
@@ -164,7 +165,7 @@ def test_an_owner_that_was_replaced_notices_and_writes_nothing(store: storage.St
 
 def test_an_owner_that_nobody_replaced_goes_on_after_an_outage(store: storage.Store) -> None:
     """The time of the lease is for those who wait; what decides is who wrote last."""
-    owner, _ = lease.take(store, SECONDS)
+    owner, _ = lease.take(store, SECONDS, ExitStack())
     time.sleep(SECONDS * 1.5)
 
     owner.confirm()

@@ -17,18 +17,18 @@ NEUTRAL = frozenset(
         *(f"train.{key}" for key in ("log_every", "micro_batch_size", "gradient_checkpointing")),
     }
 )
-_BEGAN = "began"
-_NEUTRAL_SECTIONS = ("checkpoint", "distributed", _BEGAN)
+BEGAN = "began"  # the section of a kept config that says which attempt began the run
+_NEUTRAL_SECTIONS = ("checkpoint", "distributed", BEGAN)
 
 
 def claimed(config: Config, began: int = 0) -> bytes:
     """The canonical JSON that is kept under the run URL: the resolved config, and the attempt that began the run."""
-    return json.dumps(config.model_dump(mode="json") | {_BEGAN: {"attempt": began}}, indent=1, sort_keys=True).encode()
+    return json.dumps(config.model_dump(mode="json") | {BEGAN: {"attempt": began}}, indent=1, sort_keys=True).encode()
 
 
 def began(theirs: bytes) -> int:
     """The attempt that began the run of the config kept under the run URL: 0, or a later one that was a restart."""
-    return int(json.loads(theirs).get(_BEGAN, {}).get("attempt", 0))
+    return int(json.loads(theirs).get(BEGAN, {}).get("attempt", 0))
 
 
 def digest(config: Config) -> str:
