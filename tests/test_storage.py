@@ -492,6 +492,28 @@ def test_what_s3_refuses_is_explained(
         assert caught.value.status == (1 if fault == "endpoint" else 64)
 
 
+def test_a_request_to_stop_is_heard_while_a_transfer_begins(
+    store: storage.Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the moment when some of its threads are there and others are not yet."""
+    begin, begun = threading.Thread.start, list[threading.Thread]()
+
+    def start(thread: threading.Thread) -> None:
+        if len(begun) == 2:
+            raise errors.Preempted("stopped by the test")
+        begun.append(thread)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+    with pytest.raises(errors.Preempted):
+        storage.push(store, directory, "merged/")
+
+    for thread in begun:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_more_files_than_a_store_lists_at_once(bucket: str, tmp_path: Path) -> None:
     """S3 names 1000 objects in an answer; a directory of more is as whole as any."""
     made, store = tmp_path / "made", storage.connect(f"s3://{bucket}/run")

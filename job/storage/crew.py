@@ -70,7 +70,8 @@ class Crew:
         self._stop.set()
         deadline = time.monotonic() + _LEAVE_SECONDS
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():  # the request to stop may have come before all of them were started
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _labour(self, todo: "_Shared", ended: "queue.SimpleQueue[BaseException | None]") -> None:
         try:
