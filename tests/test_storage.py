@@ -294,7 +294,7 @@ def test_a_transfer_that_is_always_damaged_ends_with_an_error(
     sent = storage.push(store, directory, "merged/")
     source = Counting(store, flips=999)
 
-    with pytest.raises(errors.DamagedError, match=r"its manifest says .*; it arrived so 3 times"):
+    with pytest.raises(errors.DamagedError, match=r"its manifest says .*; it arrived damaged 3 times"):
         storage.pull(source, entries_of(store, "merged/"), tmp_path / "back", below="merged/", expected=sent)  # type: ignore[arg-type]
 
     assert not (tmp_path / "back").exists()

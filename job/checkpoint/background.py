@@ -25,7 +25,7 @@ class Background:
         self._changed = threading.Condition()
         self._waiting: list[tuple[State, int | None]] = []
         self._busy, self._closing = False, False
-        self._failure: errors.JobError | None = None
+        self._failure: Exception | None = None
         self.stall = 0.0  # seconds that the last checkpoint kept training waiting, set by the one who trains
         self.upload = 0.0  # seconds that it took to be safe, from when its turn came
         threading.Thread(target=self._work, daemon=True, name="checkpoints").start()
@@ -98,13 +98,11 @@ class Background:
             self._busy = True
             return self._waiting.pop(0)
 
-    def _save(self, state: State, best_step: int | None) -> errors.JobError | None:
+    def _save(self, state: State, best_step: int | None) -> Exception | None:
         begun = time.monotonic()
         try:
             self._checkpoints.save(state, best_step)
             self.upload = time.monotonic() - begun
-        except errors.JobError as e:
+        except Exception as e:  # noqa: BLE001 - it is raised again in the thread that trains
             return e
-        except Exception as e:  # noqa: BLE001 - it must reach the thread that trains, whatever it is
-            return errors.JobError(f"the checkpoint could not be saved: {type(e).__name__}: {e}")
         return None
