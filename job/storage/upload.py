@@ -94,7 +94,7 @@ def _concluded(store: Store, prefix: str, files: Sequence[Outgoing], confirm: Ca
 def _granted(confirm: Callable[[], None]) -> bool:
     try:
         confirm()
-    except errors.JobError:
+    except (errors.JobError, OSError):
         return False
     return True
 
