@@ -4,7 +4,6 @@
 This file knows the order of the steps, reads the environment, and turns errors into exit statuses; nothing else does.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -22,56 +21,58 @@ from job import errors, log, preemption
 if TYPE_CHECKING:
     from job.config import Config
     from job.paths import Cache
+    from job.storage import Store
 
 _PROJECT = "finetune-job"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def story(
-    config: "Config", environ: Mapping[str, str], worker: list[str], notice: preemption.Notice, after: ExitStack
-) -> None:
+    config: "Config", environ: Mapping[str, str], worker: list[str], notice: preemption.Notice, after: ExitStack, *,
+    restart: bool,
+) -> None:  # fmt: skip
     """Do what is missing of the run, in order; return when all of it is in the store.
 
     `worker` is the command that trains; what is added to `after` is done at the very end, however it ends.
     """
-    from job import launch, lease, paths, publish, pull, storage
+    from job import attempts, claim, inputs, launch, lease, paths, publish, pull, storage
 
     launch.check(config)
     store, cache = storage.connect(config.run.url), _cache(config, environ)
-    lease.agree(store, config)
-    if record := publish.finished(store, config):
-        notice.conclude()  # a request to stop changes nothing any more
-        _say_done("this run is done already", config, record)
+    if not restart and _over(store, config, claim.agree(store, config), notice):
         return
-    trained = all(storage.sealed(store, place) for place in (paths.REPORT, paths.ADAPTER))
     store = storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
-    pull.preflight(config, cache, after, trained=trained)
-    attempt = lease.begin(store, config)
-    after.callback(publish.attempt, store, _log_to(cache), attempt)
-    log.event("run.start", f"run {config.run.name}, attempt {attempt}, in {store.url}", attempt=attempt)
+    pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
+    owner, attempt = lease.take(store, config.run.lease_seconds, after)
+    preemption.watch(preemption.Endpoints.of(environ), notice)
+    began = claim.claim(store, config, attempt if restart else None, owner.confirm)
+    if _over(store, config, began, notice):  # by the start that owned it until now
+        return
+    log_file = _log_to(cache)
+    attempts.begin(store, log_file, attempt, publish.progress(store, began), config.run.give_up_after)
+    owner.keep(notice.interrupt, attempts.Witness(store, log_file, attempt))
+    after.callback(attempts.keep, store, log_file, attempt, owner.confirm)
     base = pull.base(config, cache)
-    if not trained:
+    if not publish.trained(store, began):
         from job import prepare
 
         data = prepare.dataset(
             config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache, after
         )
-        made = launch.training(worker, launch.task(config, attempt, base, data, cache), environ, notice)
-        publish.directory(store, made / "report", paths.REPORT)
-        publish.directory(store, made / "adapter", paths.ADAPTER)
+        start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
+        made = launch.training(worker, launch.task(config, start, base, data, cache), environ, notice)
+        publish.directory(store, made / "report", paths.REPORT, owner.confirm)
+        publish.directory(store, made / "adapter", paths.ADAPTER, owner.confirm)
     adapter = pull.artefact(store, paths.ADAPTER, cache)
-    if config.merge.enabled and not storage.sealed(store, paths.MERGED):
+    if config.merge.enabled and not publish.merged(store, began):
         from job import merge
 
-        publish.directory(store, merge.merged(config, base, adapter, cache), paths.MERGED)
+        publish.directory(store, merge.merged(config, base, adapter, cache), paths.MERGED, owner.confirm)
     from job import report
 
     facts = json.loads((adapter / paths.TRAINING).read_text(encoding="utf-8"))
-    publish.directory(
-        store, report.write(config, facts, pull.artefact(store, paths.REPORT, cache), store.url), paths.REPORT
-    )
-    record = publish.done(store, config, facts, attempt)
+    written = report.write(config, facts, pull.artefact(store, paths.REPORT, cache), store.url)
+    publish.directory(store, written, paths.REPORT, owner.confirm)
+    record = publish.done(store, config, facts, attempt, owner.confirm)
     notice.conclude()
     shutil.rmtree(cache.work(""))
     _say_done("done", config, record)
@@ -102,13 +103,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for pr
 @cli.command()
 @_config
 @_set
+@click.option("--restart", is_flag=True, help="Begin the run anew; what it published stays until it is replaced.")
 @_json
 @_debug
-def run(config: Path, overrides: tuple[str, ...], as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
+def run(config: Path, overrides: tuple[str, ...], restart: bool, as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
     """Do what is still missing of the run in CONFIG; exit 0 at once if nothing is."""
 
     def job(notice: preemption.Notice, after: ExitStack) -> None:
-        story(_read(config, overrides), os.environ, _worker_command(as_json=as_json), notice, after)
+        story(_read(config, overrides), os.environ, _worker_command(as_json=as_json), notice, after, restart=restart)
 
     _conclude(job, as_json=as_json, debug=debug)
 
@@ -180,26 +182,13 @@ def _conclude(
             status = errors.DONE
         except (Exception, errors.Preempted) as e:  # noqa: BLE001 - the one place where errors become statuses
             notice.conclude()
-            status, message = _explain(e)
-            if alone or status != errors.AGAIN:
+            status, message = errors.explain(e)
+            if alone or not isinstance(e, errors.Preempted):
                 say = log.warn if status == errors.AGAIN else log.error
                 say("run.end", message, status=status, traceback=traceback.format_exc())
             if debug:
                 traceback.print_exc()
     sys.exit(status)
-
-
-def _explain(error: BaseException) -> tuple[int, str]:
-    """The exit status of an error and what to tell the user."""
-    if isinstance(error, (errors.JobError, errors.Preempted)):
-        return error.status, str(error)
-    full = "No space left on device" in str(error)  # also when safetensors says it, in an error of its own
-    if full or (isinstance(error, OSError) and error.errno in _FULL):
-        where = getattr(error, "filename", None) or "the cache or the store"
-        return errors.FAILED, f"no space left on the disk of {where}: free space, or set run.cache to a larger disk"
-    if isinstance(error, OSError) and error.errno in _BARRED:
-        return errors.PERMANENT, f"{error.filename}: {error.strerror}: correct run.url or run.cache, or its permissions"
-    return errors.FAILED, f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 
 def _read(path: Path, overrides: tuple[str, ...]) -> "Config":
@@ -209,10 +198,10 @@ def _read(path: Path, overrides: tuple[str, ...]) -> "Config":
 
 
 def _reach(config: "Config") -> None:
-    from job import lease, paths, pull, storage
+    from job import claim, paths, pull, storage
 
     store = storage.connect(config.run.url)
-    lease.agree(store, config)
+    claim.agree(store, config)
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
     with ExitStack() as keep:
         pull.preflight(config, _cache(config, os.environ), keep, look=True)
@@ -223,6 +212,17 @@ def _cache(config: "Config", environ: Mapping[str, str]) -> "Cache":
 
     default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _PROJECT
     return paths.Cache.of(Path(config.run.cache).expanduser() if config.run.cache else default, config.run.url)
+
+
+def _over(store: "Store", config: "Config", began: int, notice: preemption.Notice) -> bool:
+    """True if all of the run is in the store already; then a request to stop changes nothing any more."""
+    from job import publish
+
+    record = publish.finished(store, config, began)
+    if record:
+        notice.conclude()
+        _say_done("this run is done already", config, record)
+    return record is not None
 
 
 def _log_to(cache: "Cache") -> Path:

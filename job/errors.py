@@ -1,12 +1,16 @@
 """What can go wrong, and the exit status that each failure ends the process with.
 
-A message says what was seen, where, and what to do. Only ``entrypoint.py`` turns these into exit statuses.
+A message says what was seen, where, and what to do. Only ``entrypoint.py`` ends the process with them.
 """
+
+import errno
 
 DONE = 0
 FAILED = 1
 PERMANENT = 64
 AGAIN = 75
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 class JobError(Exception):
@@ -45,6 +49,10 @@ class DamagedError(StoreError):
     """What arrived is not what was stored: a wrong size or checksum."""
 
 
+class CorruptError(DamagedError):
+    """What is stored is not what was sealed: it arrived wrong in the same way every time."""
+
+
 class UnsupportedError(PermanentError):
     """The store cannot do what was asked of it, however often it is asked."""
 
@@ -65,6 +73,18 @@ class ConflictError(JobError):
     """A conditional write lost: the key exists already, or somebody else changed it first."""
 
 
+class OwnedError(JobError):
+    """Another attempt owns the run and lives."""
+
+    status = AGAIN
+
+
+class FencedError(JobError):
+    """This attempt was taken for dead and replaced: it must not write any more."""
+
+    status = AGAIN
+
+
 class DiskFullError(JobError):
     """The local disk has no room for what the job must keep there; another machine's may."""
 
@@ -81,3 +101,16 @@ class Preempted(BaseException):
     """The cluster asked the job to stop, and everything worth keeping is safe."""
 
     status = AGAIN
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit status that `error` stands for, and what to tell the user."""
+    if isinstance(error, (JobError, Preempted)):
+        return error.status, str(error)
+    full = "No space left on device" in str(error)  # also when safetensors says it, in an error of its own
+    if full or (isinstance(error, OSError) and error.errno in _FULL):
+        where = getattr(error, "filename", None) or "the cache or the store"
+        return FAILED, f"no space left on the disk of {where}: free space, or set run.cache to a larger disk"
+    if isinstance(error, OSError) and error.errno in _BARRED:
+        return PERMANENT, f"{error.filename}: {error.strerror}: correct run.url or run.cache, or its permissions"
+    return FAILED, f"unexpected {type(error).__name__}: {error} (--debug shows where)"

@@ -37,11 +37,22 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Start:
+    """One start of the run: its attempt number, the attempt that the run began with, and how to know its lease."""
+
+    attempt: int
+    began: int
+    lease: str
+    between: float
+    """Mean seconds between two preemptions of this run."""
+
+
+@dataclass(frozen=True)
 class Task:
     """What a training process is told. `out` is sealed when training is done; `scratch` may be lost."""
 
     config: Config
-    attempt: int
+    start: Start
     base: Path
     data: Path
     out: Path
@@ -53,9 +64,12 @@ class Task:
     def to_json(self) -> str:
         """The task as the text that `from_json` reads."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.dumps(
-            fields | {"config": self.config.model_dump(mode="json"), "inputs": dict(self.inputs)}, default=str
-        )
+        plain = {
+            "config": self.config.model_dump(mode="json"),
+            "start": dataclasses.asdict(self.start),
+            "inputs": dict(self.inputs),
+        }
+        return json.dumps(fields | plain, default=str)
 
     @classmethod
     def from_json(cls, text: str) -> "Task":
@@ -63,4 +77,4 @@ class Task:
         fields = json.loads(text)
         folders = {name: Path(fields[name]) for name in ("base", "data", "out", "scratch", "log")}
         settings = config.check(fields["config"], config.Places("the task", {}))
-        return cls(config=settings, attempt=fields["attempt"], inputs=fields["inputs"], **folders)
+        return cls(config=settings, start=Start(**fields["start"]), inputs=fields["inputs"], **folders)

@@ -3,25 +3,27 @@
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from job import cluster, config, errors, log, manifest, paths
+from job import cluster, config, errors, log, manifest, paths, preemption
 from job.config import Config
-from job.inputs import Base, Prepared, Task
+from job.inputs import Base, Prepared, Start, Task
 from job.preemption import Notice
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def task(settings: Config, attempt: int, base: Base, data: Prepared, cache: paths.Cache) -> Task:
+def task(settings: Config, start: Start, base: Base, data: Prepared, cache: paths.Cache) -> Task:
     """What the training process is told; the place of its result is that of these inputs and no others."""
-    digests = {"base": base.digest, "data": data.digest, "config": config.digest(settings)}
+    digests = {"base": base.digest, "data": data.digest, "config": config.digest(settings), "began": str(start.began)}
     out = cache.work(f"trained-{paths.digest(json.dumps(digests))}")
-    return Task(settings, attempt, base.path, data.path, out, cache.work("scratch"), cache.log(), digests)
+    scratch = cache.work(f"attempt-{start.attempt}")
+    return Task(settings, start, base.path, data.path, out, scratch, cache.log(), digests)
 
 
 def training(command: Sequence[str], given: Task, environ: Mapping[str, str], notice: Notice) -> Path:
@@ -33,20 +35,21 @@ def training(command: Sequence[str], given: Task, environ: Mapping[str, str], no
     if manifest.sealed(given.out):
         log.event("launch.over", "trained already, on this machine")
         return given.out
+    for left in given.scratch.parent.glob("attempt-*"):  # by starts that were killed
+        shutil.rmtree(left)
     told = given.scratch / "task.json"
     told.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(given.to_json(), encoding="utf-8")
     with notice.deferred():
-        with subprocess.Popen([*command, str(told)], env=_one_device(environ, cluster.gpus(environ))) as process:  # noqa: S603 - our own command line
-            status = _wait(process, notice)
-        if status == errors.AGAIN and notice.reason is None:
-            notice.reason = "a signal to the training process"
-    if status < 0:
-        name = signal.Signals(-status).name
+        status = _run([*command, str(told)], _one_device(environ, cluster.gpus(environ)), notice)
+        if status > 0 and status != errors.AGAIN:
+            raise errors.WorkerError(f"training ended with status {status}; its own message is above", status)
+    if status == errors.AGAIN:
+        raise errors.Preempted("training was stopped; start the same command again to go on")
+    if status:
+        name = _name(-status)
         why = "; the kernel kills so when memory runs out" if name == "SIGKILL" else ""
         raise errors.WorkerError(f"training was killed by {name}{why}", errors.FAILED)
-    if status:
-        raise errors.WorkerError(f"training ended with status {status}; its own message is above", status)
     return given.out
 
 
@@ -67,8 +70,28 @@ def die_with(parent: int) -> None:
         raise errors.JobError("the process that started this training is gone")
 
 
+def _run(command: Sequence[str], environ: Mapping[str, str], notice: Notice) -> int:
+    """Run the training process to its end, and no longer than this one may write; returns its status."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {preemption.RISK})  # inherited: it would kill who does not listen yet
+    process = subprocess.Popen(command, env=environ)  # noqa: S603 - our own command line
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {preemption.RISK})
+        return _wait(process, notice)
+    except BaseException:  # another attempt owns the run now: not one more checkpoint
+        process.kill()
+        process.wait()
+        raise
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals
+        return f"signal {number}"
+
+
 def _wait(process: "subprocess.Popen[bytes]", notice: Notice) -> int:
-    told = False
+    told, warned = False, False
     while True:
         try:
             return process.wait(_POLL_SECONDS)
@@ -76,6 +99,9 @@ def _wait(process: "subprocess.Popen[bytes]", notice: Notice) -> int:
             if notice.reason and not told:
                 told = True
                 process.send_signal(signal.SIGTERM)
+            elif notice.at_risk and not warned:
+                warned = True
+                process.send_signal(preemption.RISK)
 
 
 def _one_device(environ: Mapping[str, str], gpus: int) -> dict[str, str]:

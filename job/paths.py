@@ -6,6 +6,7 @@ from pathlib import Path
 
 CONFIG = "config.json"
 DONE = "done.json"
+LEASE = "lease.json"
 ADAPTER = "adapter/"
 MERGED = "merged/"
 REPORT = "report/"
@@ -23,6 +24,12 @@ def attempt(number: int) -> str:
 def checkpoint(step: int, number: int) -> str:
     """The checkpoint that attempt `number` wrote after `step`; no two attempts share a name."""
     return f"{CHECKPOINTS}{step:08d}-{number}/"
+
+
+def step(key: str) -> tuple[int, int]:
+    """The step, and the attempt, of the checkpoint that a file with this key belongs to."""
+    step, _, attempt = key.removeprefix(CHECKPOINTS).partition("/")[0].partition("-")
+    return int(step), int(attempt)
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,21 @@
 
 import importlib.metadata
 import json
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from job import config, errors, log, paths, storage
+from job import config, errors, log, manifest, paths, storage
 from job.config import Config
 from job.storage import Store
 
-_WITNESS_SECONDS = 5.0
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "boto3")
 
 
-def directory(store: Store, local: Path, place: str) -> None:
-    """Upload the local directory to `place` in the store, manifest last."""
-    whole = storage.push(store, local, place)
+def directory(store: Store, local: Path, place: str, confirm: Callable[[], None]) -> None:
+    """Upload the local directory to `place` in the store, manifest last; `confirm` that we may before that."""
+    whole = storage.push(store, local, place, confirm)
     log.event(
         "publish.directory",
         f"published {store.url}/{place} ({log.size(whole.size)})",
@@ -27,8 +25,11 @@ def directory(store: Store, local: Path, place: str) -> None:
     )
 
 
-def done(store: Store, settings: Config, facts: Mapping[str, Any], number: int) -> dict[str, Any]:
+def done(
+    store: Store, settings: Config, facts: Mapping[str, Any], number: int, confirm: Callable[[], None]
+) -> dict[str, Any]:
     """Write ``done.json``: what came in, what went out, and how it went. Returns its content."""
+    confirm()
     record = {
         "run": settings.run.name,
         "inputs": facts["inputs"],
@@ -42,42 +43,47 @@ def done(store: Store, settings: Config, facts: Mapping[str, Any], number: int) 
         store.delete(left.key)
     for place in (paths.CHECKPOINTS, *_places(settings)):
         store.sweep(place)
+    confirm()
     store.put(paths.DONE, json.dumps(record, indent=1).encode())
     return record
 
 
-def attempt(store: Store, log_file: Path, number: int) -> None:
-    """Keep what attempt `number` logged. The log is a witness, not a result: a failure here is said, and no more.
-
-    It is not waited for longer than a few seconds either: a silent store must not use up the time of grace.
-    """
-
-    def keep() -> None:
-        try:
-            store.put(paths.attempt(number), log_file.read_bytes())
-        except (errors.JobError, OSError) as e:
-            log.warn("publish.attempt", f"the log of this attempt could not be kept: {e}")
-
-    writing = threading.Thread(target=keep, daemon=True)
-    writing.start()
-    writing.join(_WITNESS_SECONDS)
-    if writing.is_alive():
-        log.warn("publish.attempt", f"the log of this attempt was not kept: {store.url} does not answer")
+def trained(store: Store, began: int) -> bool:
+    """Whether what training makes is in the store, made since attempt `began`."""
+    return bool(storage.sealed(store, paths.REPORT)) and _made(store, paths.ADAPTER, began)
 
 
-def finished(store: Store, settings: Config) -> dict[str, Any] | None:
-    """The content of ``done.json`` if the run is done and everything it names is still whole; None otherwise."""
+def merged(store: Store, began: int) -> bool:
+    """Whether the merged model is in the store, made since attempt `began`."""
+    return _made(store, paths.MERGED, began)
+
+
+def progress(store: Store, began: int) -> tuple[int, int, int]:
+    """How far the run is: the attempt that began it, the directories published since, and its newest checkpoint."""
+    found = (
+        paths.step(entry.key) for entry in store.list(paths.CHECKPOINTS) if entry.key.endswith(f"/{manifest.NAME}")
+    )
+    sealed = [step for step, attempt in found if attempt >= began]
+    published = trained(store, began) + merged(store, began)
+    return began, published, 0 if published else max(sealed, default=0)
+
+
+def finished(store: Store, settings: Config, began: int) -> dict[str, Any] | None:
+    """The content of ``done.json`` if the run that attempt `began` began is done and still whole; None otherwise."""
     blob = store.read(paths.DONE)
     if blob is None:
         return None
     try:
         record: dict[str, Any] = json.loads(blob.data)
-        named, made_with = dict(record["artefacts"]), record["inputs"]["config"]
+        named, inputs = dict(record["artefacts"]), dict(record["inputs"])
+        made_with = inputs["config"]
     except (ValueError, KeyError, TypeError) as e:
         log.warn(
             "publish.unreadable", f"{store.url}/{paths.DONE} cannot be read ({e!r}): looking at the results instead"
         )
         return None
+    if int(inputs.get("began", 0)) != began:
+        return None  # it is of the run before a restart
     if made_with != config.digest(settings):
         raise errors.ConfigError(f"{store.url}/{paths.DONE} is of a run with another config: use another run.url")
     changed = [place for place in _places(settings) if named.get(place) != _digest(store, place)]
@@ -89,6 +95,13 @@ def finished(store: Store, settings: Config) -> dict[str, Any] | None:
         )
         return None
     return record
+
+
+def _made(store: Store, place: str, began: int) -> bool:
+    told = store.read(place + paths.TRAINING)
+    if told is None or storage.sealed(store, place) is None:
+        return False
+    return int(json.loads(told.data)["inputs"].get("began", 0)) == began
 
 
 def _places(settings: Config) -> list[str]:

@@ -1,6 +1,7 @@
 """Which training steps are safe: what is kept, what is skipped, what is forgotten, and what comes back."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data if damage == "flip" else data[:-1])
+    shutil.rmtree(tmp_path / "checkpoints")  # another machine
 
     found = checkpoints(2).latest()
 
@@ -168,3 +170,57 @@ def test_an_adapter_of_another_shape_is_refused(checkpoints: Callable[..., check
 def test_without_checkpoints_training_starts_anew(checkpoints: Callable[..., checkpoint.Checkpoints]) -> None:
     """An empty store has no latest checkpoint."""
     assert checkpoints().latest() is None
+
+
+def test_checkpoints_of_before_a_restart_are_not_gone_on_with(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store
+) -> None:
+    """They go when the new run has a checkpoint of its own."""
+    checkpoints(attempt=1).save(state(10), None)
+    restarted = checkpoints(attempt=2, inputs=INPUTS | {"began": "2"})
+
+    assert restarted.latest() is None
+    assert names(store) == {"00000010-1"}
+    restarted.save(state(2), None)
+
+    found = restarted.latest()
+    assert found
+    assert found.step == 2
+    assert names(store) == {"00000002-2"}
+
+
+def test_a_damaged_checkpoint_is_believed_by_nobody_any_more(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store, said: Callable[[], str]
+) -> None:
+    """An older one takes its place; what is there of it stays until retention removes it."""
+    made = checkpoints()
+    made.save(state(1), None)
+    made.save(state(2), None)
+    store.put("checkpoints/00000002-1/state.json", b"{}")
+
+    found = checkpoints(attempt=2).latest()
+
+    assert found
+    assert found.step == 1
+    assert "00000002-1/ is incomplete. It is skipped and quarantined" in said()
+    left = {entry.key for entry in store.list("checkpoints/00000002-1/")}
+    assert "checkpoints/00000002-1/manifest.json" not in left
+    assert "checkpoints/00000002-1/quarantined-manifest.json" in left
+
+
+def test_the_newest_checkpoint_is_here_already_after_a_restart_of_the_job(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store, tmp_path: Path
+) -> None:
+    """On the same machine nothing is fetched; older ones do not fill its disk."""
+    made = checkpoints()
+    made.save(state(1), None)
+    made.save(state(2), None)
+    for entry in store.list("checkpoints/00000002-1/"):
+        if not entry.key.endswith("manifest.json"):
+            (tmp_path / "store" / entry.key).write_bytes(bytes(entry.size))  # whoever fetches them would notice
+
+    found = made.latest()
+
+    assert found
+    assert found.step == 2
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"00000002-1"}

@@ -200,3 +200,13 @@ def test_the_config_is_frozen(write: Callable[[str], Path]) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """A wrong path is a config error, not a traceback."""
     assert "cannot be read" in refusal(tmp_path / "none.yaml")
+
+
+def test_a_kept_config_can_be_used_again(write: Callable[[str], Path], tmp_path: Path) -> None:
+    """What lies under a run URL is a config, also with the note of the attempt that began the run."""
+    ours = config.read(write(SMALL))
+    kept = tmp_path / "config.json"
+    kept.write_bytes(config.claimed(ours, 7))
+
+    assert config.read(kept) == ours
+    assert config.began(kept.read_bytes()) == 7

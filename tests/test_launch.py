@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from job import cluster, config, errors, inputs, launch, preemption
 
@@ -17,7 +18,16 @@ from job import cluster, config, errors, inputs, launch, preemption
 @pytest.fixture
 def task(tiny_run: Callable[..., Path], tmp_path: Path) -> inputs.Task:
     settings = config.read(tiny_run())
-    return inputs.Task(settings, 1, tmp_path, tmp_path, tmp_path / "out", tmp_path / "scratch", tmp_path / "log", {})
+    return inputs.Task(
+        settings,
+        inputs.Start(1, 0, "token", 60.0),
+        tmp_path,
+        tmp_path,
+        tmp_path / "out",
+        tmp_path / "scratch",
+        tmp_path / "log",
+        {},
+    )
 
 
 def start(code: str, task: inputs.Task, notice: preemption.Notice | None = None) -> Path:
@@ -119,3 +129,16 @@ def test_gpus_are_counted_without_cuda(visible: str | None, present: int, count:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
 
     assert cluster.gpus(environ, tmp_path) == count
+
+
+def test_a_warning_does_not_kill_a_training_that_is_just_starting(task: inputs.Task) -> None:
+    """The signal waits until somebody listens."""
+    notice = preemption.Notice()
+    notice.at_risk = "the test says so"
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); time.sleep(0.5)\n"
+        "from job import preemption; heard = preemption.Notice(); heard.listen(); time.sleep(0.1)\n"
+        "sys.exit(0 if heard.at_risk else 9)"
+    )
+
+    assert start(code, task, notice) == task.out

@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> storage.Store:
     for place in (paths.ADAPTER, paths.MERGED, paths.REPORT):
         (tmp_path / place).mkdir()
         (tmp_path / place / "file").write_text(place)
-        publish.directory(made, tmp_path / place, place)
+        publish.directory(made, tmp_path / place, place, lambda: None)
     return made
 
 
@@ -46,11 +46,11 @@ def test_a_run_is_done_when_everything_it_names_is_there(
     store: storage.Store, settings: config.Config, facts: dict[str, object]
 ) -> None:
     """The record names inputs, outputs, versions and losses."""
-    assert publish.finished(store, settings) is None
+    assert publish.finished(store, settings, 0) is None
 
-    record = publish.done(store, settings, facts, 3)
+    record = publish.done(store, settings, facts, 3, lambda: None)
 
-    assert publish.finished(store, settings) == record
+    assert publish.finished(store, settings, 0) == record
     assert record["inputs"] == facts["inputs"]
     assert set(record["artefacts"]) == {"adapter/", "merged/", "report/"}
     assert record["attempt"] == 3
@@ -68,16 +68,16 @@ def test_a_record_that_does_not_fit_is_not_believed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An artefact that changed or vanished, and a record that is cut off, make the run unfinished, and it is said."""
-    publish.done(store, settings, facts, 1)
+    publish.done(store, settings, facts, 1, lambda: None)
     if damage == "changed":
         (tmp_path / paths.MERGED / "file").write_text("other weights")
-        publish.directory(store, tmp_path / paths.MERGED, paths.MERGED)
+        publish.directory(store, tmp_path / paths.MERGED, paths.MERGED, lambda: None)
     elif damage == "gone":
         store.delete("merged/manifest.json")
     else:
         store.put(paths.DONE, b'{"artefacts"' if damage == "unreadable" else b"{}")
 
-    assert publish.finished(store, settings) is None
+    assert publish.finished(store, settings, 0) is None
     assert "merged/" in caplog.text or "cannot be read" in caplog.text
 
 
@@ -85,10 +85,10 @@ def test_a_record_of_another_config_is_refused(
     store: storage.Store, facts: dict[str, object], settings: config.Config, tiny_run: Callable[..., Path]
 ) -> None:
     """Also when config.json was lost."""
-    publish.done(store, settings, facts, 1)
+    publish.done(store, settings, facts, 1, lambda: None)
 
     with pytest.raises(errors.ConfigError, match="is of a run with another config"):
-        publish.finished(store, config.read(tiny_run(lora={"r": 4})))
+        publish.finished(store, config.read(tiny_run(lora={"r": 4})), 0)
 
 
 def test_without_a_merge_the_merged_model_is_not_asked_for(store: storage.Store, tiny_run: Callable[..., Path]) -> None:
@@ -96,9 +96,9 @@ def test_without_a_merge_the_merged_model_is_not_asked_for(store: storage.Store,
     settings = config.read(tiny_run(merge={"enabled": False}))
     storage.remove(store, paths.MERGED)
 
-    publish.done(store, settings, FACTS | {"inputs": {"config": config.digest(settings)}}, 1)
+    publish.done(store, settings, FACTS | {"inputs": {"config": config.digest(settings)}}, 1, lambda: None)
 
-    assert publish.finished(store, settings)
+    assert publish.finished(store, settings, 0)
 
 
 def test_the_report_says_what_was_made_of_what(settings: config.Config, tmp_path: Path) -> None:

@@ -190,6 +190,35 @@ def test_whole_files_of_an_interrupted_pull_are_not_believed_after_a_power_cut(
     assert got == sent == manifest.of(tmp_path / "back")
 
 
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_who_may_not_write_any_more_seals_nothing(store: storage.Store, directory: Path, when: str) -> None:
+    """Asked before the old content is given up, and again before the new is sealed."""
+    before = storage.push(store, directory, "merged/")
+    (directory / "small").write_bytes(b"other")
+    asked = iter([errors.FencedError("no"), None] if when == "first" else [None, errors.FencedError("no")])
+
+    def confirm() -> None:
+        if answer := next(asked):
+            raise answer
+
+    with pytest.raises(errors.FencedError):
+        storage.push(store, directory, "merged/", confirm)
+
+    assert storage.sealed(store, "merged/") == (before if when == "first" else None)
+
+
+def test_of_two_who_seal_one_place_one_loses(store: storage.Store, directory: Path) -> None:
+    """Whoever woke up too late is told so, and the manifest stays the other's."""
+    theirs = manifest.Manifest({}).to_json()
+
+    with pytest.raises(errors.ConflictError):
+        storage.push(store, directory, "merged/", lambda: store.put("merged/manifest.json", theirs))
+
+    blob = store.read("merged/manifest.json")
+    assert blob
+    assert blob.data == theirs
+
+
 def test_after_a_killed_push_only_what_is_missing_is_sent(bucket: str, directory: Path) -> None:
     """Without a manifest, what is there is compared by the checksum that S3 keeps; a stale file does not count."""
     store = storage.connect(f"s3://{bucket}/run")
@@ -265,7 +294,7 @@ def test_a_transfer_that_is_always_damaged_ends_with_an_error(
     sent = storage.push(store, directory, "merged/")
     source = Counting(store, flips=999)
 
-    with pytest.raises(errors.DamagedError, match=r"its manifest says .*; it arrived so 3 times"):
+    with pytest.raises(errors.DamagedError, match=r"its manifest says .*; it arrived damaged 3 times"):
         storage.pull(source, entries_of(store, "merged/"), tmp_path / "back", below="merged/", expected=sent)  # type: ignore[arg-type]
 
     assert not (tmp_path / "back").exists()

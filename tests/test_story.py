@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, S3, command, files
 
+from job import manifest
+
 Job = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -95,10 +97,10 @@ def test_a_run_that_was_asked_to_stop_in_every_phase_goes_on_to_the_same_weights
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:
-    """SIGKILL leaves the last sealed checkpoint, no training process, and no debris in the store."""
-    whole = tiny_run("whole.yaml", train=LONG, run={"url": f"{tmp_path}/whole"})
+    """SIGKILL leaves the last sealed checkpoint, no training process, and no debris; here with packed data."""
+    whole = tiny_run("whole.yaml", train=LONG, data={"packing": True}, run={"url": f"{tmp_path}/whole"})
     assert job("run", whole).returncode == 0
-    broken = tiny_run("broken.yaml", train=LONG, run={"url": f"{tmp_path}/broken"})
+    broken = tiny_run("broken.yaml", train=LONG, data={"packing": True}, run={"url": f"{tmp_path}/broken"})
 
     for _ in range(2):
         stop_at("checkpoint.saved", broken, signal.SIGKILL)
@@ -110,6 +112,47 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     assert end.returncode == 0, end.stderr
     assert same_results(tmp_path / "broken", tmp_path / "whole")
     assert not [p for p in files(tmp_path / "broken") if ".part" in p]
+
+
+def test_a_restart_replaces_what_was_published_when_there_is_something_new(
+    tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """Stopped in the middle, the old results are whole; the next start goes on with the new run without being asked."""
+    old = tiny_run("old.yaml", train={"max_steps": 2})
+    assert job("run", old).returncode == 0
+    run, adapter = tmp_path / "run", (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    new = tiny_run(train={"max_steps": 4})
+    assert job("run", new).returncode == 64
+
+    status, seen = stop_at("checkpoint.saved", new, signal.SIGKILL, "--restart")
+
+    assert status == -signal.SIGKILL, seen
+    assert manifest.sealed(run / "adapter") == manifest.of(run / "adapter")
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    end = job("run", new)
+    assert end.returncode == 0, end.stderr
+    assert "going on after step" in end.stderr
+    assert json.loads((run / "done.json").read_text())["training"]["steps"] == 4
+    assert job("run", old).returncode == 64
+
+
+def test_of_two_starts_at_once_one_does_the_run(tiny_run: Callable[..., Path], tmp_path: Path) -> None:
+    """The other says who does, asks to be started again, and leaves no trace."""
+    config = tiny_run(run={"lease_seconds": 4.0})
+    starts = [
+        subprocess.Popen(
+            command("run", config, "--set", f"run.cache={tmp_path}/cache{n}"), stderr=subprocess.PIPE, text=True
+        )
+        for n in range(2)
+    ]
+
+    told = {start.communicate()[1]: start.returncode for start in starts}
+
+    assert sorted(told.values()) == [0, 75], told
+    second = next(said for said, status in told.items() if status == 75)
+    assert "is owned by attempt 1 (process " in second
+    assert "Start this one again when that one has ended" in second
+    assert {name for name in files(tmp_path / "run") if name.startswith("attempts/")} == {"attempts/1.jsonl"}
 
 
 @pytest.mark.slow
@@ -148,10 +191,14 @@ def evaluations(run: Path) -> dict[int, float]:
     return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
-def stop_at(event: str, config: Path, number: signal.Signals) -> tuple[int, list[str]]:
+def stop_at(event: str, config: Path, number: signal.Signals, *more: str) -> tuple[int, list[str]]:
     """Start the job, send it the signal when `event` is seen in its output, and return its status."""
     with subprocess.Popen(
-        command("run", config, "--json"), cwd=config.parent, env=dict(os.environ), stderr=subprocess.PIPE, text=True
+        command("run", config, "--json", *more),
+        cwd=config.parent,
+        env=dict(os.environ),
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         seen = []
         assert process.stderr

@@ -1,8 +1,9 @@
 """The run as frozen typed data, and the only reader of configs."""
 
-from job.config.identity import claimed, differences, digest
+from job.config.identity import began, claimed, differences, digest
 from job.config.read import Places, all_keys, check, read
-from job.config.schema import Checkpoint, Config, Data, Lora, Model, Train
+from job.config.schema import Config, Data, Model
+from job.config.training import Checkpoint, Lora, Train
 
 __all__ = [
     "Checkpoint",
@@ -13,6 +14,7 @@ __all__ = [
     "Places",
     "Train",
     "all_keys",
+    "began",
     "check",
     "claimed",
     "differences",

@@ -10,16 +10,25 @@ from job.config.schema import Config
 # Keys that do not change what is computed, or only by the rounding of another summation order.
 NEUTRAL = frozenset(
     {
-        *(f"run.{key}" for key in ("name", "url", "cache", "cache_limit", "conditional_writes")),
+        *(
+            f"run.{key}"
+            for key in ("name", "url", "cache", "cache_limit", "conditional_writes", "lease_seconds", "give_up_after")
+        ),
         *(f"train.{key}" for key in ("log_every", "micro_batch_size", "gradient_checkpointing")),
     }
 )
-_NEUTRAL_SECTIONS = ("checkpoint", "distributed")
+BEGAN = "began"  # the section of a kept config that says which attempt began the run
+_NEUTRAL_SECTIONS = ("checkpoint", "distributed", BEGAN)
 
 
-def claimed(config: Config) -> bytes:
-    """The canonical JSON that is kept under the run URL: the resolved config."""
-    return json.dumps(config.model_dump(mode="json"), indent=1, sort_keys=True).encode()
+def claimed(config: Config, began: int = 0) -> bytes:
+    """The canonical JSON that is kept under the run URL: the resolved config, and the attempt that began the run."""
+    return json.dumps(config.model_dump(mode="json") | {BEGAN: {"attempt": began}}, indent=1, sort_keys=True).encode()
+
+
+def began(theirs: bytes) -> int:
+    """The attempt that began the run of the config kept under the run URL: 0, or a later one that was a restart."""
+    return int(json.loads(theirs).get(BEGAN, {}).get("attempt", 0))
 
 
 def digest(config: Config) -> str:

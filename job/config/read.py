@@ -13,6 +13,7 @@ import pydantic
 import yaml
 
 from job import errors
+from job.config.identity import BEGAN
 from job.config.schema import Config
 
 Tree = dict[str, Any]
@@ -79,6 +80,7 @@ def _parse(text: str, source: str) -> tuple[Tree, Places]:
     except (TypeError, ValueError) as e:
         raise errors.ConfigError(f"{source}: holds something other than plain keys and values: {e}") from e
     places = Places(source, dict(_lines(root, "", source)))
+    tree.pop(BEGAN, None)  # of a config that was kept under a run URL
     return {key: {} if value is None else value for key, value in tree.items()}, places  # a section of comments only
 
 

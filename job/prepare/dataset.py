@@ -89,6 +89,8 @@ class _Preparation:
                 f"the chat template does not end the last answer: {self._words.eos_token!r} was added "
                 f"to {self._renderer.eos_added} example(s)",
             )
+        if self._data.packing:
+            self._pack(tallies["train"])
         counts = {
             split: {k: v for k, v in vars(tally).items() if k != "complaints"} for split, tally in tallies.items()
         }
@@ -111,6 +113,18 @@ class _Preparation:
                     self._sample = marked(self._words, rows[0])
         self._judge(split, tally, files)
         return tally
+
+    def _pack(self, tally: Tally) -> None:
+        from job.prepare import packing  # takes seconds to import
+
+        tally.sequences = packing.pack(self._target / "train.arrow", self._data.max_length)
+        full = tally.tokens / (tally.sequences * self._data.max_length)
+        log.event(
+            "prepare.packed",
+            f"train: {tally.examples} examples were packed into {tally.sequences} sequences, {full:.0%} full",
+            sequences=tally.sequences,
+            full=full,
+        )
 
     def _examples(self, file: DataFile, tally: Tally, kept: bool | None) -> Iterator[tuple[str, Example]]:  # noqa: FBT001 - private
         name, heading = self._format(file), tokenizer.input_heading(self._words)
@@ -221,7 +235,7 @@ def _key(config: Config, base_digest: str, train: Sequence[DataFile], evaluation
         "seed": config.run.seed if config.data.eval_fraction else None,
         "base": base_digest,
         "code": [manifest.sha256(path) for path in _SOURCES]
-        + [importlib.metadata.version(p) for p in ("transformers", "tokenizers")],
+        + [importlib.metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets")],
     }
     return paths.digest(json.dumps(parts, sort_keys=True))
 

@@ -21,6 +21,7 @@ class Tally:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    sequences: int = 0  # into which the examples were packed, if they were
     formats: dict[str, str] = field(default_factory=dict)
     ignored_keys: Counter[str] = field(default_factory=Counter)
 

@@ -2,7 +2,8 @@
 
 from job import errors, log, manifest
 from job.manifest import Manifest
-from job.storage.store import Store
+from job.storage import patience
+from job.storage.store import Entry, Store
 
 
 def sealed(store: Store, prefix: str) -> Manifest | None:
@@ -22,6 +23,14 @@ def sizes(store: Store, prefix: str, wanted: Manifest) -> bool:
     """True if the store holds every file of `wanted` with its size."""
     there = {entry.key.removeprefix(prefix): entry.size for entry in store.list(prefix)}
     return {name: file.size for name, file in wanted.files.items()}.items() <= there.items()
+
+
+def read_range(store: Store, entry: Entry, start: int, stop: int) -> bytes:
+    """The bytes of `entry` from `start` to before `stop`; for small pieces of it."""
+    return patience.USUAL.keep_trying(
+        lambda: b"".join(store.stream(entry, start, stop)),
+        lambda error, tried: log.warn("store.retry", f"{error}; trying again", tried=tried),
+    )
 
 
 def remove(store: Store, prefix: str) -> None:

@@ -65,6 +65,7 @@ def _arrive(
     source: Source, named: Mapping[str, Entry], noted: Journal, title: str, expected: Manifest | None
 ) -> Manifest:
     """Bring all files to the journal's directory, those that arrive damaged again."""
+    seen: set[str] = set()
     for attempt in range(1, _TRIES + 1):
         files = [
             Incoming(source, entry, name, noted, expected.files[name] if expected else None)
@@ -76,8 +77,10 @@ def _arrive(
         if not damaged:
             _say_unverified(source, files)
             break
+        seen.add(damaged[0])
         if attempt == _TRIES:
-            raise errors.DamagedError(f"{damaged[0]}; it arrived so {attempt} times")
+            kind = errors.CorruptError if len(seen) == 1 else errors.DamagedError
+            raise kind(f"{damaged[0]}; it arrived damaged {attempt} times")
         log.warn("pull.again", f"{damaged[0]}; fetching it again", attempt=attempt, damaged=damaged)
     whole = Manifest({name: file for name, entry in named.items() if (file := noted.whole(name, entry))})
     if whole.files.keys() != named.keys() or (expected and whole != expected):

@@ -20,6 +20,9 @@ ANSWER_SECONDS = 60.0  # for a request that the store works on, such as putting 
 PART_SECONDS = 300.0  # for one try of a part; a try that brought something useful does not count as failed
 
 
+_DICE = random.SystemRandom()  # of its own: a draw from the common one would change what training draws next
+
+
 @dataclass(frozen=True)
 class Patience:
     """At most `tries`, none begun later than `seconds` after the first failure; pauses grow from `first` seconds."""
@@ -46,7 +49,7 @@ class Patience:
             except errors.StoreError as e:
                 failed = failed if tried else time.monotonic()
                 tried += 1
-                pause = random.uniform(0, min(self.longest, self.first * 2**tried))  # noqa: S311 - jitter, not a secret
+                pause = _DICE.uniform(0, min(self.longest, self.first * 2**tried))
                 passed = time.monotonic() - failed
                 if tried >= self.tries or passed + pause > self.seconds:
                     raise type(e)(f"{e} (gave up after {tried} tries in {passed:.0f} s)") from e

@@ -1,7 +1,7 @@
 """Whole directories into a store: files first, the manifest last, and nothing sent that is there already."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,25 +13,31 @@ from job.storage.outgoing import Outgoing
 from job.storage.store import Entry, Store
 
 
-def push(store: Store, directory: Path, prefix: str) -> Manifest:
+def push(store: Store, directory: Path, prefix: str, confirm: Callable[[], None] = lambda: None) -> Manifest:
     """Make `prefix` in the store hold exactly what the local `directory` holds, manifest last.
 
     What is there already with the same content is not sent again: by the manifest if there is one, else (an earlier
     push was killed) by the checksum that the store keeps, and the parts of an unfinished upload by theirs.
 
-    Raises `errors.StoreError` if the store failed for longer than patience lasts or does not hold what was sent.
+    `confirm` is called before the old content is given up and before the new is sealed; what it raises stops the push.
+
+    Raises `errors.StoreError` if the store failed for longer than patience lasts or does not hold what was sent, and
+    `errors.ConflictError` if somebody else sealed something there meanwhile.
     """
     paths = manifest.files(directory)
     theirs, there = sealed(store, prefix), {e.key.removeprefix(prefix): e for e in store.list(prefix)}
     same = _same(store, paths, there, theirs)
     if theirs and same == theirs.files and same.keys() == paths.keys():
         return theirs
+    confirm()
     if manifest.NAME in there:
         store.delete(prefix + manifest.NAME)  # from here on the old content is no longer whole, nor a part of it
-    sent = _send(store, prefix, {name: path for name, path in paths.items() if name not in same})
+    sent = _send(store, prefix, {name: path for name, path in paths.items() if name not in same}, confirm)
     whole = Manifest({**same, **sent})
+    confirm()
     _clear(store, prefix, whole)
-    store.put(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
+    confirm()
+    store.create(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
     return whole
 
 
@@ -56,11 +62,11 @@ def _same(
     return found
 
 
-def _send(store: Store, prefix: str, paths: Mapping[str, Path]) -> dict[str, File]:
+def _send(store: Store, prefix: str, paths: Mapping[str, Path], confirm: Callable[[], None]) -> dict[str, File]:
     files = {name: Outgoing(store, path, prefix + name) for name, path in paths.items()}
     largest_first = sorted(files.values(), key=lambda file: -file.size)
     with (
-        _concluded(store, prefix, largest_first),
+        _concluded(store, prefix, largest_first, confirm),
         crew.crew("push.transfer", f"push {store.url}/{prefix}", sum(file.size for file in largest_first)) as hands,
     ):
         hands.work(partial(file.send_next, hands) for file in largest_first for _ in range(file.parts))
@@ -68,19 +74,29 @@ def _send(store: Store, prefix: str, paths: Mapping[str, Path]) -> dict[str, Fil
 
 
 @contextlib.contextmanager
-def _concluded(store: Store, prefix: str, files: Sequence[Outgoing]) -> Iterator[None]:
-    """Leave nothing unfinished after a failure; after a request to stop, what a later start can go on with."""
+def _concluded(store: Store, prefix: str, files: Sequence[Outgoing], confirm: Callable[[], None]) -> Iterator[None]:
+    """Leave nothing unfinished after a failure; after a request to stop, what a later start can go on with.
+
+    Where we may not write any more, what is unfinished may be somebody else's.
+    """
     try:
         yield
-    except Exception:
-        for file in files:
-            file.abort()
-        store.sweep(prefix)
-        raise
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, Exception) and _granted(confirm):
+            for file in files:
+                file.abort()
+            store.sweep(prefix)
         for file in files:
             file.leave()
         raise
+
+
+def _granted(confirm: Callable[[], None]) -> bool:
+    try:
+        confirm()
+    except (errors.JobError, OSError):
+        return False
+    return True
 
 
 def _clear(store: Store, prefix: str, whole: Manifest) -> None:

@@ -1,8 +1,10 @@
 """One attempt at training: load, resume, train, choose the best, write the result."""
 
 import json
+import math
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,13 +13,15 @@ import transformers
 from datasets import Dataset
 from trl import SFTConfig
 
-from job import checkpoint, errors, log, manifest, paths, storage
+from job import checkpoint, errors, lease, log, manifest, paths, storage
 from job.config import Config
 from job.inputs import Task
 from job.model import lora, tokenizer, weights
 from job.preemption import Notice
 from job.train.progress import Progress
 from job.train.trainer import Cadence, Exact, Trainer, due
+
+_NEVER = 10**9  # steps; the last one is always saved
 
 
 def train(task: Task, notice: Notice) -> None:
@@ -28,18 +32,28 @@ def train(task: Task, notice: Notice) -> None:
     datasets.disable_progress_bars()
     torch.manual_seed(task.config.run.seed)  # of the adapter's first values
     store = storage.connect(task.config.run.url)
-    checkpoints = checkpoint.Checkpoints(store, task.attempt, task.inputs, task.config.checkpoint.keep, task.scratch)
+    if task.config.run.conditional_writes == "emulated":
+        store = storage.checked(store, paths.PROBE, required=False)
+    owner = lease.Lease(store, task.start.lease, task.config.run.lease_seconds)
+    checkpoints = checkpoint.Checkpoints(
+        store, task.start.attempt, task.inputs, task.config.checkpoint.keep, task.scratch, owner.confirm
+    )
     resumed = checkpoints.latest()
+    made = task.scratch / "made"
+    progress = Progress(made / "report")
+    saving = checkpoint.Background(checkpoints)
+    trainer = _trainer(task, saving, resumed, notice, progress)
+    _run(trainer, saving, resumed, notice, task.config.checkpoint.grace_seconds, progress)
+    _write(task, trainer, checkpoints, made)
+    owner.confirm()  # the place is that of every attempt on this machine
+    manifest.seal(made)
     shutil.rmtree(task.out, ignore_errors=True)
-    progress = Progress(task.out / "report")
-    trainer = _trainer(task, checkpoints, resumed, notice, progress)
-    _run(trainer, resumed, notice, progress)
-    _write(task, trainer, checkpoints)
+    made.rename(task.out)
 
 
 def _trainer(
     task: Task,
-    checkpoints: checkpoint.Checkpoints,
+    saving: checkpoint.Background,
     resumed: checkpoint.Found | None,
     notice: Notice,
     progress: Progress,
@@ -50,7 +64,7 @@ def _trainer(
     words = tokenizer.load(task.base, settings.data.template, trust_remote_code=settings.model.trust_remote_code)
     log.event("train.load", f"loading the base model ({settings.model.quantization})")
     trainer = Trainer(
-        checkpoints,
+        saving,
         keep_best=keep_best,
         model=lora.adapted(weights.for_training(task.base, settings.model), settings.lora),
         args=_arguments(task, evaluates=evaluates, on_start=evaluates and _evaluate_first(settings, resumed)),
@@ -59,7 +73,7 @@ def _trainer(
         eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
         callbacks=[
             Exact(settings.run.seed),
-            Cadence(notice, settings.checkpoint, keep_best=keep_best),
+            Cadence(notice, saving, settings.checkpoint, task.start.between, keep_best=keep_best),
             progress,
         ],
     )
@@ -77,6 +91,7 @@ def _arguments(task: Task, *, evaluates: bool, on_start: bool) -> SFTConfig:
         seed=run.seed,
         data_seed=run.seed,
         max_length=None,  # cut already while preparing
+        padding_free=task.config.data.packing,  # which is how TRL keeps packed examples apart
         num_train_epochs=wanted.epochs or 3.0,
         max_steps=wanted.max_steps or -1,
         per_device_train_batch_size=wanted.micro_batch_size,
@@ -105,7 +120,7 @@ def _arguments(task: Task, *, evaluates: bool, on_start: bool) -> SFTConfig:
         greater_is_better=False if evaluates else None,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=task.config.checkpoint.every_steps,
+        save_steps=task.config.checkpoint.every_steps or _NEVER,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -122,7 +137,10 @@ def _state(found: checkpoint.Found) -> transformers.TrainerState:
     return state
 
 
-def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice, progress: Progress) -> None:
+def _run(
+    trainer: Trainer, saving: checkpoint.Background, resumed: checkpoint.Found | None, notice: Notice, grace: float,
+    progress: Progress,
+) -> None:  # fmt: skip
     if resumed and (state := _state(resumed)).global_step >= state.max_steps:
         log.event("train.over", f"all {state.max_steps} steps are done already", step=state.global_step)
         trainer.state = state
@@ -137,6 +155,7 @@ def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice, pro
     try:
         with notice.deferred():
             trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
+            saving.finish(lambda: _left(notice, grace))
     except torch.OutOfMemoryError as e:
         raise errors.PermanentError(
             f"the GPU's memory is too small: {e}. Lower train.micro_batch_size (the result stays the same) "
@@ -150,7 +169,12 @@ def _run(trainer: Trainer, resumed: checkpoint.Found | None, notice: Notice, pro
     )
 
 
-def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints) -> None:
+def _left(notice: Notice, grace: float) -> float:
+    """Seconds until the cluster kills us, as far as we know."""
+    return grace - (time.monotonic() - notice.since) if notice.reason else math.inf
+
+
+def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, made: Path) -> None:
     best = trainer.state.best_global_step if task.config.train.keep_best else None
     if best and best != trainer.state.global_step:
         log.event(
@@ -159,7 +183,7 @@ def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints) ->
             step=best,
         )
         checkpoint.restore_adapter(checkpoints.at(best).path, trainer.model)
-    adapter, report = task.out / "adapter", task.out / "report"
+    adapter, report = made / "adapter", made / "report"
     shape = trainer.model.peft_config["default"]
     shape.base_model_name_or_path = task.config.model.base  # not where the cache of this machine is
     trainer.model.save_pretrained(str(adapter))
@@ -175,7 +199,6 @@ def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints) ->
     (adapter / paths.TRAINING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for name in ("data.json", "sample.txt"):
         shutil.copyfile(task.data / name, report / name)
-    manifest.seal(task.out)
 
 
 def _facts(task: Task, state: transformers.TrainerState, best: int | None) -> dict[str, Any]:

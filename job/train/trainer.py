@@ -1,6 +1,7 @@
 """TRL's trainer, made exact: our checkpoints instead of its own, and randomness that depends on the step alone."""
 
 import hashlib
+import math
 import random
 import time
 from pathlib import Path
@@ -11,17 +12,19 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from job import checkpoint, config
+from job import checkpoint, config, log
 from job.model.tokenizer import IGNORED
 from job.preemption import Notice
+
+_STALL_AT_FIRST = 1.0  # seconds; what a checkpoint costs before one was measured
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     """Saves to and restores from the run's store, and never loads a pickle."""
 
-    def __init__(self, checkpoints: checkpoint.Checkpoints, *, keep_best: bool, **how: Any) -> None:
+    def __init__(self, saving: checkpoint.Background, *, keep_best: bool, **how: Any) -> None:
         super().__init__(**how)
-        self._checkpoints, self._keep_best = checkpoints, keep_best
+        self._saving, self._keep_best = saving, keep_best
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses over tokens, tokens
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
@@ -39,12 +42,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        begun = time.monotonic()
         self.store_flos()
         if self.is_world_process_zero():
             scratch = Path(self.args.output_dir) / checkpoint.TRAINER
             self.state.save_to_json(str(scratch))
             state = checkpoint.capture(self.state.global_step, self._loop(), scratch.read_text(encoding="utf-8"))
-            self._checkpoints.save(state, self.state.best_global_step if self._keep_best else None)
+            self._saving.submit(state, self.state.best_global_step if self._keep_best else None)
+            self._saving.stall = time.monotonic() - begun
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.restore_adapter(Path(resume_from_checkpoint), self.model)
@@ -95,18 +100,29 @@ class Exact(TrainerCallback):
 
 
 class Cadence(TrainerCallback):
-    """When to save besides every n steps, and when to stop because the cluster asks for it."""
+    """When to save besides every n steps, and when to stop because the cluster asks for it.
 
-    def __init__(self, notice: Notice, settings: config.Checkpoint, *, keep_best: bool) -> None:
-        self._notice, self._minutes, self._keep_best = notice, settings.every_minutes, keep_best
-        self._saved = time.monotonic()
+    `between` is the mean time between two preemptions of this run, in seconds.
+    """
+
+    def __init__(
+        self, notice: Notice, saving: checkpoint.Background, settings: config.Checkpoint, between: float, *,
+        keep_best: bool,
+    ) -> None:  # fmt: skip
+        self._notice, self._saving, self._settings, self._between = notice, saving, settings, between
+        self._keep_best = keep_best
+        self._saved, self._hurried = time.monotonic(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._minutes and time.monotonic() - self._saved >= self._minutes * 60:
+        self._saving.check()  # what cannot be saved need not be trained
+        if time.monotonic() - self._saved >= self._interval():
             control.should_save = True
+        if self._notice.at_risk and not self._hurried:
+            self._hurried = control.should_save = True
         if self._notice.reason and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
             control.should_evaluate = False  # seconds are short; `due` makes the next attempt catch up
+            control.should_save = self._in_time()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         loss: float = more["metrics"]["eval_loss"]
@@ -116,6 +132,28 @@ class Cadence(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saved = time.monotonic()
+
+    def _interval(self) -> float:
+        """Seconds between checkpoints."""
+        minutes = self._settings.every_minutes
+        if minutes != "auto":
+            return math.inf if minutes is None else minutes * 60
+        saving = self._saving
+        return checkpoint.interval(saving.stall or _STALL_AT_FIRST, saving.upload, self._between)
+
+    def _in_time(self) -> bool:
+        """Whether one more checkpoint will be safe before the cluster kills us."""
+        left = self._settings.grace_seconds - (time.monotonic() - self._notice.since)
+        needed = self._saving.expected()
+        if needed > left:
+            log.warn(
+                "preemption.short",
+                f"a checkpoint needs {needed:.1f} s here, and {left:.1f} s are left of checkpoint.grace_seconds "
+                f"{self._settings.grace_seconds:.0f}: the last sealed one is what counts",
+                needed=needed,
+                left=left,
+            )
+        return needed <= left
 
 
 def due(state: TrainerState, every: int) -> bool:

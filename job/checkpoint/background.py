@@ -1,0 +1,108 @@
+"""Checkpoints on their way to the store while training goes on."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+
+from job import errors, log
+from job.checkpoint.kept import Checkpoints
+from job.checkpoint.state import State
+
+_LOOK_SECONDS = 0.2  # how soon a waiting main thread hears a signal
+
+
+class Background:
+    """Saves states in a thread of its own, one after another.
+
+    Four of them are in memory at most: one on its way, two that wait (the newest and the best), and a new one. Where
+    the network is slower than the cadence, a newer state takes the place of one that still waits; the last and the
+    best one always arrive.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[State, int | None]] = []
+        self._busy, self._closing = False, False
+        self._failure: Exception | None = None
+        self.stall = 0.0  # seconds that the last checkpoint kept training waiting, set by the one who trains
+        self.upload = 0.0  # seconds that it took to be safe, from when its turn came
+        threading.Thread(target=self._work, daemon=True, name="checkpoints").start()
+
+    def submit(self, state: State, best_step: int | None) -> None:
+        """Save `state` soon; `best_step` is the step of the best one so far. Raises what `check` does."""
+        self.check()
+        with self._changed:
+            for dropped, _ in (waiting for waiting in self._waiting if waiting[0].step != best_step):
+                log.warn(
+                    "checkpoint.slow",
+                    f"the checkpoint at step {dropped.step} was not sent before that at step {state.step} was due: "
+                    "checkpoints take longer than the time between them",
+                    step=dropped.step,
+                )
+            self._waiting = [
+                *(waiting for waiting in self._waiting if waiting[0].step == best_step),
+                (state, best_step),
+            ]
+            self._changed.notify_all()
+
+    def expected(self) -> float:
+        """Seconds until a state that is submitted now will be safe; 0 if none has been saved yet."""
+        return self.upload * (1 + self._busy + len(self._waiting))
+
+    def check(self) -> None:
+        """Raise the error, if there was one, that no further checkpoint could get around."""
+        if self._failure:
+            raise self._failure
+
+    def finish(self, left: Callable[[], float] = lambda: math.inf) -> None:
+        """Wait until all that was submitted is in the store, as long as there are seconds `left`.
+
+        Raises the error of what is not there.
+        """
+        with self._changed:
+            self._closing = True
+            while (self._waiting or self._busy) and not self._failure:
+                if left() <= 0:
+                    log.warn("checkpoint.late", "no time is left for the last checkpoint: the one before it counts")
+                    return
+                self._changed.wait(_LOOK_SECONDS)
+        self.check()
+
+    def _work(self) -> None:
+        while True:
+            state, best_step = self._next()
+            failure = self._save(state, best_step)
+            with self._changed:
+                self._busy = False
+                needed = state.step == best_step or not self._waiting
+                if isinstance(failure, errors.StoreError) and not (self._closing and needed):
+                    self._waiting[:0] = [(state, best_step)] if needed else []
+                    log.warn(
+                        "checkpoint.failed",
+                        f"the checkpoint at step {state.step} is not safe: {failure}. Training goes on, and this one "
+                        f"{'is tried again' if needed else 'is left out for a newer one'}",
+                        step=state.step,
+                    )
+                    failure = None
+                self._failure = failure
+                self._changed.notify_all()
+                if failure:
+                    return
+
+    def _next(self) -> tuple[State, int | None]:
+        with self._changed:
+            while not self._waiting:
+                self._changed.wait()
+            self._busy = True
+            return self._waiting.pop(0)
+
+    def _save(self, state: State, best_step: int | None) -> Exception | None:
+        begun = time.monotonic()
+        try:
+            self._checkpoints.save(state, best_step)
+            self.upload = time.monotonic() - begun
+        except Exception as e:  # noqa: BLE001 - it is raised again in the thread that trains
+            return e
+        return None

@@ -1,0 +1,98 @@
+"""The request to stop, and who hears it when."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from job import errors, log
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_WAKE = signal.SIGRTMIN  # by which a thread of ours makes the main one look; nobody else sends it
+RISK = signal.SIGRTMIN + 1  # by which the job hands a warning on to the training process
+
+
+class Notice:
+    """The request to stop.
+
+    Outside training it interrupts at once: everything there is safe to repeat. Inside ``deferred()`` it is
+    only remembered, so that the training loop can save at the next step boundary.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.since = 0.0  # when the request came, by time.monotonic()
+        self.at_risk: str | None = None  # why the request may come soon
+        self._deferred, self._concluded = False, False
+        self._failure: BaseException | None = None
+
+    def listen(self) -> None:
+        """Take over the signals by which schedulers announce that they will take the machine away."""
+        for number in SIGNALS:
+            signal.signal(number, self._heard)
+        signal.signal(_WAKE, self._woken)
+        signal.signal(RISK, lambda _number, _frame: self.warn("so says the job"))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {RISK})  # whoever starts us blocks it until we listen
+
+    def check(self) -> None:
+        """Raise `errors.Preempted` if the request has come."""
+        if self.reason:
+            raise errors.Preempted(f"stopped by {self.reason}; start the same command again to go on")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only remember the request until the block ends, then honour it."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self.check()
+
+    def request(self, reason: str) -> None:
+        """Ask to stop, like a signal; for other threads."""
+        if self._note(reason):
+            _wake()
+
+    def warn(self, reason: str) -> None:
+        """Say that the request may come soon, so that a checkpoint is worth its time now."""
+        if self.at_risk is None:
+            self.at_risk = reason
+            log.warn("preemption.risk", f"the machine may be taken away soon ({reason})")
+
+    def interrupt(self, failure: BaseException) -> None:
+        """Raise `failure` in the main thread, at once and whatever it does; for other threads."""
+        self._failure = failure
+        _wake()
+
+    def conclude(self) -> None:
+        """From now on hear nothing: the outcome is certain, and what is left to do takes a moment."""
+        self._concluded = True  # before anything else: a signal may come between any two lines
+        for number in (*SIGNALS, _WAKE, RISK):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _heard(self, number: int, _frame: FrameType | None) -> None:
+        if not self._concluded and self._note(signal.Signals(number).name) and not self._deferred:
+            self.check()
+
+    def _woken(self, _number: int, _frame: FrameType | None) -> None:
+        if self._concluded:
+            return
+        if self._failure:
+            raise self._failure
+        if not self._deferred:
+            self.check()
+
+    def _note(self, reason: str) -> bool:
+        """Remember the first request; False if there was one already."""
+        if self.reason:
+            return False
+        self.reason, self.since = reason, time.monotonic()
+        log.warn("preemption.notice", f"asked to stop ({reason})", reason=reason)
+        return True
+
+
+def _wake() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)

@@ -1,0 +1,87 @@
+"""How often a checkpoint is worth its time, and when there is no time for one more."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from job import checkpoint, config, preemption
+from job.train.trainer import Cadence
+
+
+class Saving:
+    """What is known of saving: how long training stood still, how long the last one took, and how long a new one."""
+
+    def __init__(self, stall: float = 0.0, upload: float = 0.0) -> None:
+        self.stall, self.upload = stall, upload
+
+    def check(self) -> None:
+        """Nothing failed."""
+
+    def expected(self) -> float:
+        return self.upload
+
+
+@pytest.mark.parametrize(
+    ("stall", "upload", "between", "seconds"),
+    [(0.5, 1, 3600, 60), (0.5, 1, 400, 20), (0.5, 90, 3600, 90), (2, 1, 3600, 120)],
+)
+def test_the_interval_is_youngs(stall: float, upload: float, between: float, seconds: float) -> None:
+    """The square root of twice the cost times the time between preemptions; never less than an upload takes."""
+    assert checkpoint.interval(stall, upload, between) == pytest.approx(seconds)
+
+
+@pytest.fixture
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path_factory.mktemp("out")), use_cpu=True, report_to=[])
+
+
+def after_a_step(
+    arguments: TrainingArguments, saving: Saving, notice: preemption.Notice, settings: config.Checkpoint, waited: float
+) -> TrainerControl:
+    """What is decided at the end of a step, `waited` seconds after the last checkpoint."""
+    cadence = Cadence(notice, saving, settings, 3600.0, keep_best=False)  # type: ignore[arg-type]
+    cadence._saved -= waited
+    control = TrainerControl()
+    cadence.on_step_end(arguments, TrainerState(global_step=3, max_steps=10), control)
+    return control
+
+
+@pytest.mark.parametrize(("waited", "due"), [(59, False), (61, True)])
+@pytest.mark.parametrize("minutes", [1.0, "auto"])
+def test_a_checkpoint_is_due_after_its_interval(
+    *, waited: float, due: bool, minutes: float | str, arguments: TrainingArguments
+) -> None:
+    """A number of minutes, or what Young's formula gives for what a checkpoint costs here."""
+    settings = config.Checkpoint.model_validate({"every_minutes": minutes})
+
+    control = after_a_step(arguments, Saving(0.5, 1), preemption.Notice(), settings, waited)
+
+    assert control.should_save is due
+
+
+def test_a_warning_is_worth_one_checkpoint(arguments: TrainingArguments) -> None:
+    """Training goes on: the machine may stay."""
+    notice = preemption.Notice()
+    notice.warn("the test says so")
+
+    control = after_a_step(arguments, Saving(0.5, 1), notice, config.Checkpoint(), 0)
+
+    assert control.should_save
+    assert not control.should_training_stop
+
+
+@pytest.mark.parametrize(("upload", "saves"), [(5.0, True), (20.0, False)])
+def test_a_checkpoint_that_would_come_too_late_is_not_begun(
+    *, upload: float, saves: bool, arguments: TrainingArguments, said: Callable[[], str]
+) -> None:
+    """Fifteen seconds after the request, of thirty that the cluster gives: what takes longer than the rest is left."""
+    notice = preemption.Notice()
+    notice.reason, notice.since = "the test", time.monotonic() - 15
+
+    control = after_a_step(arguments, Saving(0.5, upload), notice, config.Checkpoint(), 0)
+
+    assert control.should_training_stop
+    assert control.should_save is saves
+    assert ("the last sealed one is what counts" in said()) is not saves

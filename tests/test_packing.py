@@ -1,0 +1,84 @@
+"""Several examples in one sequence: nothing is lost, and none of them sees another."""
+
+import os
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from job.prepare import packing
+
+SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+
+
+@pytest.fixture
+def rows() -> list[list[int]]:
+    """Token ids of short and long examples."""
+    dice = random.Random(0)
+    return [[dice.randrange(3, 250) for _ in range(dice.randrange(2, 33))] for _ in range(100)]
+
+
+@pytest.fixture
+def path(rows: list[list[int]], tmp_path: Path) -> Path:
+    with pa.OSFile(str(tmp_path / "train.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        labels = [[-100, *row[1:]] for row in rows]
+        writer.write_batch(pa.record_batch([rows, labels], schema=SCHEMA))
+    return tmp_path / "train.arrow"
+
+
+def test_every_example_is_in_one_sequence_and_whole(path: Path, rows: list[list[int]]) -> None:
+    """With its labels; and hardly a place stays empty."""
+    count = packing.pack(path, 64)
+
+    packed = Dataset.from_file(str(path))
+    found = []
+    for line in packed:
+        assert len(line["input_ids"]) == len(line["labels"]) == sum(line["seq_lengths"]) <= 64
+        start = 0
+        for length in line["seq_lengths"]:
+            example = line["input_ids"][start : start + length]
+            assert line["labels"][start : start + length] == [-100, *example[1:]]
+            found.append(example)
+            start += length
+    assert count == len(packed)
+    assert sorted(found) == sorted(rows)
+    assert sum(map(len, rows)) / (count * 64) > 0.95
+    assert [p.name for p in path.parent.iterdir()] == ["train.arrow"]
+
+
+def test_packing_the_same_gives_the_same(path: Path) -> None:
+    """To the byte, wherever and whenever: the digest of the data says if a checkpoint belongs to them."""
+    again = path.with_name("again.arrow")
+    again.write_bytes(path.read_bytes())
+    os.utime(again, (1, 1))
+
+    packing.pack(path, 64)
+    packing.pack(again, 64)
+
+    assert path.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_example_sees_another(attention: str, path: Path, rows: list[list[int]], tiny_model: Path) -> None:
+    """What the model says to each token of a packed batch is what it says to the example alone."""
+    packing.pack(path, 64)
+    packed = Dataset.from_file(str(path))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=attention)
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packed[0], packed[1]])
+
+    with torch.no_grad():
+        together = model(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits[0]
+        start, seen = 0, 0
+        for length in [*packed[0]["seq_lengths"], *packed[1]["seq_lengths"]]:
+            alone = model(batch["input_ids"][:, start : start + length]).logits[0]
+            assert torch.allclose(together[start : start + length], alone, atol=1e-5)
+            assert batch["labels"][0, start] == -100
+            start, seen = start + length, seen + 1
+
+    assert seen > 3
+    assert len(rows) == 100

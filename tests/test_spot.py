@@ -1,0 +1,172 @@
+"""The clouds' spot notices, from servers that speak as their metadata services do."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from job import errors, preemption
+from job.preemption import spot
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """All three services. What there is to tell lies in `told`, by path; each insists on its header."""
+
+    told: dict[str, str]
+    token: str
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_PUT(self) -> None:
+        lives = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
+        self._answer(self.token if self.path == "/latest/api/token" and lives else None, 400)
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        insists = {
+            "/latest/": ("X-aws-ec2-metadata-token", self.token, 401),
+            "/computeMetadata/": ("Metadata-Flavor", "Google", 403),
+            "/metadata/": ("Metadata", "true", 400),
+        }
+        header, value, refusal = next(told for start, told in insists.items() if path.startswith(start))
+        if self.headers.get(header) != value or (refusal == 400 and "api-version=20" not in query):
+            self._answer(None, refusal)
+        else:
+            self._answer(self.told.get(path), 404)
+
+    def _answer(self, body: str | None, otherwise: int) -> None:
+        data = (body or "").encode()
+        self.send_response(otherwise if body is None else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """What the services tell, to be changed by the test; ``url`` is where they are."""
+    monkeypatch.setattr(spot, "_POLL_SECONDS", 0.05)
+    Metadata.told, Metadata.token = {}, "token-1"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    Metadata.told["url"] = f"http://127.0.0.1:{server.server_port}"
+    yield Metadata.told
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def notice() -> Iterator[preemption.Notice]:
+    made = preemption.Notice()
+    made.listen()
+    yield made
+    made.reason = made.reason or "the test is over"  # ends the watching thread
+    made.conclude()
+
+
+@contextlib.contextmanager
+def remembered(notice: preemption.Notice) -> Iterator[None]:
+    """As while training: a request interrupts nothing."""
+    with contextlib.suppress(errors.Preempted), notice.deferred():
+        yield
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+AWS = "/latest/meta-data"
+GCP = {"/computeMetadata/v1/instance/id": "123", "/computeMetadata/v1/instance/preempted": "FALSE"}
+AZURE = {"/metadata/instance/compute/name": "vm-1", "/metadata/scheduledevents": json.dumps({"Events": []})}
+
+
+def event(kind: str, machine: str) -> str:
+    planned = {"EventId": "1", "EventType": kind, "ResourceType": "VirtualMachine", "Resources": [machine],
+               "EventStatus": "Scheduled", "NotBefore": "Mon, 23 Nov 2026 18:29:47 GMT"}  # fmt: skip
+    return json.dumps({"DocumentIncarnation": 1, "Events": [planned]})
+
+
+def test_aws_takes_the_machine_away(told: dict[str, str], notice: preemption.Notice) -> None:
+    """Through IMDSv2, whose tokens expire; first perhaps a recommendation, then two minutes."""
+    preemption.watch(preemption.Endpoints(aws=told["url"], gcp=NOWHERE, azure=NOWHERE), notice)
+    with remembered(notice):
+        told[f"{AWS}/events/recommendations/rebalance"] = json.dumps({"noticeTime": "2026-11-22T08:00:00Z"})
+        until(lambda: notice.at_risk)
+        assert notice.reason is None
+        Metadata.token = "token-2"
+        told[f"{AWS}/spot/instance-action"] = json.dumps({"action": "terminate", "time": "2026-11-22T08:22:00Z"})
+        until(lambda: notice.reason)
+
+    assert "an AWS spot notice: terminate at 2026-11-22T08:22:00Z" in str(notice.reason)
+
+
+def test_gcp_takes_the_machine_away(told: dict[str, str], notice: preemption.Notice) -> None:
+    """Thirty seconds before it does."""
+    told.update(GCP)
+    preemption.watch(preemption.Endpoints(aws=NOWHERE, gcp=told["url"], azure=NOWHERE), notice)
+    with remembered(notice):
+        time.sleep(0.3)
+        assert notice.reason is None
+        told["/computeMetadata/v1/instance/preempted"] = "TRUE"
+        until(lambda: notice.reason)
+
+    assert "the instance is being preempted" in str(notice.reason)
+
+
+def test_azure_takes_the_machine_away(told: dict[str, str], notice: preemption.Notice) -> None:
+    """This one, and not another of the same set; a short freeze is nothing to stop for."""
+    told.update(AZURE)
+    preemption.watch(preemption.Endpoints(aws=NOWHERE, gcp=NOWHERE, azure=told["url"]), notice)
+    with remembered(notice):
+        for harmless in (event("Preempt", "vm-2"), event("Freeze", "vm-1")):
+            told["/metadata/scheduledevents"] = harmless
+            time.sleep(0.3)
+            assert notice.reason is None
+        told["/metadata/scheduledevents"] = event("Preempt", "vm-1")
+        until(lambda: notice.reason)
+
+    assert "Preempt at Mon, 23 Nov 2026 18:29:47 GMT" in str(notice.reason)
+
+
+def test_a_notice_interrupts_what_can_be_repeated(told: dict[str, str], notice: preemption.Notice) -> None:
+    """Outside training it stops the job at once, as a signal does."""
+    told.update(GCP | {"/computeMetadata/v1/instance/preempted": "TRUE"})
+
+    def work() -> None:
+        preemption.watch(preemption.Endpoints(aws=NOWHERE, gcp=told["url"], azure=NOWHERE), notice)
+        time.sleep(10)
+
+    with pytest.raises(errors.Preempted, match="GCP"):
+        work()
+
+
+def test_elsewhere_the_watch_ends_by_itself(
+    notice: preemption.Notice, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it has looked a few times on a machine of no cloud."""
+    monkeypatch.setattr(spot, "_SEARCH_SECONDS", 0.05)
+    preemption.watch(preemption.Endpoints(aws=NOWHERE, gcp=NOWHERE, azure=NOWHERE), notice)
+
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "spot"])
+
+    assert "spot" not in said()
+
+
+def test_endpoints_are_those_of_the_clouds_own_tools() -> None:
+    """Tests and unusual machines name others."""
+    environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://[fd00:ec2::254]/", "GCE_METADATA_HOST": "10.0.0.1:80"}
+
+    found = preemption.Endpoints.of(environ)
+
+    assert (found.aws, found.gcp) == ("http://[fd00:ec2::254]", "http://10.0.0.1:80")
+    assert found.azure == "http://169.254.169.254"
