@@ -47,32 +47,40 @@ def story(
     began = claim.claim(store, config, attempt if restart else None, owner.confirm)
     if _over(store, config, began, notice):  # by the start that owned it until now
         return
-    log_file = _log_to(cache)
+    log_file = log.to_file(cache.log(), anew=True)
     attempts.begin(store, log_file, attempt, publish.progress(store, began), config.run.give_up_after)
     owner.keep(notice.interrupt, attempts.Witness(store, log_file, attempt))
     after.callback(attempts.keep, store, log_file, attempt, owner.confirm)
+    log.phase("pull")
     base = pull.base(config, cache)
     if not publish.trained(store, began):
+        train, evaluation = pull.data(config.data.train, cache), pull.data(config.data.eval, cache)
+        log.phase("prepare")
         from job import prepare
 
-        data = prepare.dataset(
-            config, base, pull.data(config.data.train, cache), pull.data(config.data.eval, cache), cache, after
-        )
+        data = prepare.dataset(config, base, train, evaluation, cache, after)
+        log.phase("load")
         start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
         made = launch.training(worker, launch.task(config, start, base, data, cache), environ, notice)
+        log.phase("publish")
         publish.directory(store, made / "report", paths.REPORT, owner.confirm)
         publish.directory(store, made / "adapter", paths.ADAPTER, owner.confirm)
     adapter = pull.artefact(store, paths.ADAPTER, cache)
     if config.merge.enabled and not publish.merged(store, began):
+        log.phase("merge")
         from job import merge
 
-        publish.directory(store, merge.merged(config, base, adapter, cache), paths.MERGED, owner.confirm)
+        merged = merge.merged(config, base, adapter, cache)
+        log.phase("publish")
+        publish.directory(store, merged, paths.MERGED, owner.confirm)
+    log.phase("publish")
     from job import report
 
+    spent = attempts.spent(store, log_file, attempt, began)
     facts = json.loads((adapter / paths.TRAINING).read_text(encoding="utf-8"))
-    written = report.write(config, facts, pull.artefact(store, paths.REPORT, cache), store.url)
+    written = report.write(config, facts, spent, pull.artefact(store, paths.REPORT, cache), store.url)
     publish.directory(store, written, paths.REPORT, owner.confirm)
-    record = publish.done(store, config, facts, attempt, owner.confirm)
+    record = publish.done(store, config, facts, spent, attempt, owner.confirm)
     notice.conclude()
     shutil.rmtree(cache.work(""))
     _say_done("done", config, record)
@@ -110,7 +118,9 @@ def run(config: Path, overrides: tuple[str, ...], restart: bool, as_json: bool, 
     """Do what is still missing of the run in CONFIG; exit 0 at once if nothing is."""
 
     def job(notice: preemption.Notice, after: ExitStack) -> None:
-        story(_read(config, overrides), os.environ, _worker_command(as_json=as_json), notice, after, restart=restart)
+        worker = [sys.executable, str(Path(__file__).resolve()), "worker", "--parent", str(os.getpid())]
+        told = [*worker, *(["--json"] if as_json else [])]
+        story(_read(config, overrides), os.environ, told, notice, after, restart=restart)
 
     _conclude(job, as_json=as_json, debug=debug)
 
@@ -223,18 +233,6 @@ def _over(store: "Store", config: "Config", began: int, notice: preemption.Notic
         notice.conclude()
         _say_done("this run is done already", config, record)
     return record is not None
-
-
-def _log_to(cache: "Cache") -> Path:
-    path = cache.log()
-    path.unlink(missing_ok=True)
-    log.to_file(path)
-    return path
-
-
-def _worker_command(*, as_json: bool) -> list[str]:
-    form = ["--json"] if as_json else []
-    return [sys.executable, str(Path(__file__).resolve()), "worker", "--parent", str(os.getpid()), *form]
 
 
 def _say_done(how: str, config: "Config", record: Mapping[str, Any]) -> None:

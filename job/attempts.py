@@ -1,7 +1,6 @@
 """What the starts of this run did: a log of each in the store, and whether they get anywhere."""
 
 import itertools
-import json
 import platform
 import threading
 import time
@@ -10,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job import errors, log, paths, storage
+import psutil
+
+from job import errors, goodput, log, paths, storage
 from job.storage import Entry, Store
 
 _WITNESS_SECONDS = 5.0
@@ -18,7 +19,7 @@ _KEPT_SECONDS = 60.0  # between two times that the log of a living attempt is ke
 _END_BYTES = 1 << 16  # of a log, that hold its first and its last words
 _REMEMBERED = 20  # attempts
 _GUESS_SECONDS = 4 * 3600.0  # counts like one preemption after so long
-_BEGIN, _ENDS = "attempt.begin", ("run.end", "run.done")
+_ENDS = ("run.end", "run.done")
 
 Progress = tuple[int, ...]  # grows with what is safe in the store: published directories, then steps
 
@@ -50,7 +51,14 @@ def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: 
             f"{store.url}: {len(stuck)} attempts in a row made no progress:\n{told}\nWhen the reason is gone, start "
             f"again with a larger run.give_up_after (it is {limit})"
         )
-    log.event(_BEGIN, f"attempt {number} of {store.url}", attempt=number, host=platform.node(), progress=progress)
+    log.event(
+        goodput.BEGIN,
+        f"attempt {number} of {store.url}",
+        attempt=number,
+        host=platform.node(),
+        progress=progress,
+        started=psutil.Process().create_time(),
+    )
     store.create(paths.attempt(number), log_file.read_bytes())
 
 
@@ -95,6 +103,14 @@ def between(store: Store, number: int) -> float:
     return (lasted + _GUESS_SECONDS) / (sum(attempt.asked or attempt.killed for attempt in seen) + 1)
 
 
+def spent(store: Store, log_file: Path, number: int, began: int) -> goodput.Spent:
+    """Where the seconds of all attempts of this run went, up to now in attempt `number`, which logs to `log_file`."""
+    first = max(1, began)
+    logs = (store.read(paths.attempt(earlier)) for earlier in range(first, number))
+    texts = [*(blob.data for blob in logs if blob), log_file.read_bytes()]
+    return goodput.spent([goodput.account(goodput.parse(text)) for text in texts])
+
+
 def _before(store: Store, number: int) -> Iterator[Attempt]:
     """The attempts before attempt `number`, the last one first; those without a log are left out."""
     logs = {entry.key: entry for entry in store.list(paths.ATTEMPTS)}
@@ -105,7 +121,7 @@ def _before(store: Store, number: int) -> Iterator[Attempt]:
 
 def _read(store: Store, entry: Entry, number: int) -> Attempt:
     first, last = _lines(store, entry, 0), _lines(store, entry, entry.size - _END_BYTES)
-    began = next((line for line in first if line["event"] == _BEGIN), {})
+    began = next((line for line in first if line["event"] == goodput.BEGIN), {})
     ending = next((line for line in reversed(last) if line["event"] in _ENDS), None)
     times = [line["time"] for line in (*first, *last)]
     said = f"; its last words: {last[-1]['message']}" if last else ""
@@ -125,14 +141,4 @@ def _lines(store: Store, entry: Entry, start: int) -> Sequence[dict[str, Any]]:
     start = max(0, start)
     if not entry.size:
         return []
-    stop = min(entry.size, start + _END_BYTES)
-    text = storage.read_range(store, entry, start, stop).decode(errors="replace")
-    found = []
-    for line in text.splitlines():
-        try:
-            parsed = json.loads(line)
-        except ValueError:  # cut off by where we began or ended to read, or by a kill
-            continue
-        if isinstance(parsed, dict) and {"event", "message", "time"} <= parsed.keys():
-            found.append(parsed)
-    return found
+    return goodput.parse(storage.read_range(store, entry, start, min(entry.size, start + _END_BYTES)))

@@ -22,6 +22,11 @@ def event(name: str, message: str, **fields: object) -> None:
     _LOGGER.info(message, extra={"event": name, "fields": fields})
 
 
+def phase(name: str, **fields: object) -> None:
+    """Record what this attempt's seconds go into from now on (see `goodput`); for programs only."""
+    _LOGGER.debug(name, extra={"event": "phase", "fields": {"phase": name, **fields}})
+
+
 def warn(name: str, message: str, **fields: object) -> None:
     """Record something that the user should look at although the job goes on."""
     _LOGGER.warning(message, extra={"event": name, "fields": fields})
@@ -67,7 +72,7 @@ def _redacted(text: str) -> str:
 
 def to_people(stream: TextIO, *, as_json: bool = False) -> None:
     """Show every event on `stream`: readable lines, or JSON lines for a log collector."""
-    _LOGGER.setLevel(logging.INFO)
+    _LOGGER.setLevel(logging.DEBUG)
     _LOGGER.propagate = False
     logging.captureWarnings(True)  # noqa: FBT003 - Python's own signature
     logging.getLogger().addHandler(
@@ -75,16 +80,23 @@ def to_people(stream: TextIO, *, as_json: bool = False) -> None:
     )  # the libraries' notes belong into the file, not between our lines
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_JsonLines() if as_json else _PlainLines())
+    handler.setLevel(logging.DEBUG if as_json else logging.INFO)
     _LOGGER.addHandler(handler)
 
 
-def to_file(path: Path) -> None:
-    """Append every event from now on to `path` as JSON lines, and what the libraries warn of as well."""
+def to_file(path: Path, *, anew: bool = False) -> Path:
+    """Append every event from now on to `path` as JSON lines, and what the libraries warn of as well.
+
+    `anew` forgets what is there. Returns `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if anew:
+        path.unlink(missing_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(_JsonLines())
     for logger in (_LOGGER, logging.getLogger()):
         logger.addHandler(handler)
+    return path
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from job import config, errors, log, manifest, paths, storage
+from job import config, errors, goodput, log, manifest, paths, storage
 from job.config import Config
 from job.storage import Store
 
@@ -26,8 +26,9 @@ def directory(store: Store, local: Path, place: str, confirm: Callable[[], None]
 
 
 def done(
-    store: Store, settings: Config, facts: Mapping[str, Any], number: int, confirm: Callable[[], None]
-) -> dict[str, Any]:
+    store: Store, settings: Config, facts: Mapping[str, Any], spent: goodput.Spent, number: int,
+    confirm: Callable[[], None],
+) -> dict[str, Any]:  # fmt: skip
     """Write ``done.json``: what came in, what went out, and how it went. Returns its content."""
     confirm()
     record = {
@@ -37,6 +38,7 @@ def done(
         "artefacts": {place: _digest(store, place) for place in _places(settings)},
         "versions": {package: importlib.metadata.version(package) for package in _VERSIONS},
         "attempt": number,
+        "time": spent.to_json(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     for left in store.list(paths.PROBE):  # by starts that were killed at the wrong moment

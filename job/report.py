@@ -5,18 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from job import goodput
 from job.config import Config
 
 NAME = "report.md"
 
 
-def write(config: Config, facts: Mapping[str, Any], directory: Path, store_url: str) -> Path:
+def write(config: Config, facts: Mapping[str, Any], spent: goodput.Spent, directory: Path, store_url: str) -> Path:
     """Write the report beside the figures that training left in `directory` and return the directory."""
     data = json.loads((directory / "data.json").read_text(encoding="utf-8"))
     sample = (directory / "sample.txt").read_text(encoding="utf-8")
     sections = [
         _head(config, facts, store_url),
         _data(data),
+        _time(spent),
         f"## What the model saw\nTrained tokens stand between ⟦ and ⟧.\n\n{_quoted(sample)}",
         _settings(config),
     ]
@@ -57,6 +59,19 @@ def _data(data: Mapping[str, Any]) -> str:
         for split, c in data.items()
     ]
     return "\n".join(lines)
+
+
+def _time(spent: goodput.Spent) -> str:
+    shown = {**spent.seconds, "all": spent.total}
+    rows = [f"| {name} | {seconds:.0f} | {seconds / spent.total:.1%} |" for name, seconds in shown.items()]
+    note = (
+        f"{spent.goodput:.1%} of the time of {spent.attempts} attempt(s) went into training steps that count; "
+        f"{spent.lost_steps} step(s) were done twice. `start` is what comes before the first step of the job, `load` "
+        "the libraries and the model, `compile` what the first training step took longer than the others, `save` the "
+        "copies to memory, `upload` the wait for the last checkpoint. Of an attempt that was killed, up to its last "
+        "minute is missing."
+    )
+    return "\n".join(["## Where the time went", note, "", "| phase | seconds | share |", "| --- | --- | --- |", *rows])
 
 
 def _settings(config: Config) -> str:

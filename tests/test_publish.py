@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from job import config, errors, paths, publish, report, storage
+from job import config, errors, goodput, paths, publish, report, storage
 
 FACTS = {
     "base": "s3://b/base",
@@ -19,6 +19,7 @@ FACTS = {
     "loss_before": 4.5,
     "loss_after": 3.25,
 }
+SPENT = goodput.Spent(2, {"load": 20.0, "train": 60.0, "lost": 20.0}, 3)
 
 
 @pytest.fixture
@@ -48,12 +49,13 @@ def test_a_run_is_done_when_everything_it_names_is_there(
     """The record names inputs, outputs, versions and losses."""
     assert publish.finished(store, settings, 0) is None
 
-    record = publish.done(store, settings, facts, 3, lambda: None)
+    record = publish.done(store, settings, facts, SPENT, 3, lambda: None)
 
     assert publish.finished(store, settings, 0) == record
     assert record["inputs"] == facts["inputs"]
     assert set(record["artefacts"]) == {"adapter/", "merged/", "report/"}
     assert record["attempt"] == 3
+    assert (record["time"]["goodput"], record["time"]["lost_steps"]) == (0.6, 3)
     assert record["training"]["loss_after"] == 3.25
     assert {"torch", "transformers", "peft", "trl", "bitsandbytes"} < set(record["versions"])
 
@@ -68,7 +70,7 @@ def test_a_record_that_does_not_fit_is_not_believed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An artefact that changed or vanished, and a record that is cut off, make the run unfinished, and it is said."""
-    publish.done(store, settings, facts, 1, lambda: None)
+    publish.done(store, settings, facts, SPENT, 1, lambda: None)
     if damage == "changed":
         (tmp_path / paths.MERGED / "file").write_text("other weights")
         publish.directory(store, tmp_path / paths.MERGED, paths.MERGED, lambda: None)
@@ -85,7 +87,7 @@ def test_a_record_of_another_config_is_refused(
     store: storage.Store, facts: dict[str, object], settings: config.Config, tiny_run: Callable[..., Path]
 ) -> None:
     """Also when config.json was lost."""
-    publish.done(store, settings, facts, 1, lambda: None)
+    publish.done(store, settings, facts, SPENT, 1, lambda: None)
 
     with pytest.raises(errors.ConfigError, match="is of a run with another config"):
         publish.finished(store, config.read(tiny_run(lora={"r": 4})), 0)
@@ -96,7 +98,7 @@ def test_without_a_merge_the_merged_model_is_not_asked_for(store: storage.Store,
     settings = config.read(tiny_run(merge={"enabled": False}))
     storage.remove(store, paths.MERGED)
 
-    publish.done(store, settings, FACTS | {"inputs": {"config": config.digest(settings)}}, 1, lambda: None)
+    publish.done(store, settings, FACTS | {"inputs": {"config": config.digest(settings)}}, SPENT, 1, lambda: None)
 
     assert publish.finished(store, settings, 0)
 
@@ -107,10 +109,12 @@ def test_the_report_says_what_was_made_of_what(settings: config.Config, tmp_path
     (tmp_path / "data.json").write_text(json.dumps({"train": counts}))
     (tmp_path / "sample.txt").write_text("Why? ⟦Because.⟧")
 
-    page = (report.write(settings, FACTS, tmp_path, "s3://b/run") / report.NAME).read_text()
+    page = (report.write(settings, FACTS, SPENT, tmp_path, "s3://b/run") / report.NAME).read_text()
 
     assert "eval loss 4.5000 before, 3.2500 after" in page
     assert "| train | 9 | 7 | 2 | 1 | 99 | 33 | 31 |" in page
     assert "20 (1.50 epochs, 12,345 tokens); the adapter is that of step 10" in page
     assert "⟦Because.⟧" in page
+    assert "60.0% of the time of 2 attempt(s) went into training steps that count; 3 step(s) were done twice" in page
+    assert "| lost | 20 | 20.0% |" in page
     assert '"learning_rate": 0.01' in page

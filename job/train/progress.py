@@ -39,11 +39,13 @@ class Progress(TrainerCallback):
         self._board = SummaryWriter(str(directory / "tensorboard"))
         self._bar = contextlib.ExitStack()
         self._show: Callable[[float, str], None] | None = None
-        self._tokens, self._steps = 0, 0  # at the last line
+        self._first, self._tokens, self._steps = 0, 0, 0  # when this attempt began, and at the last line
         self._busy, self._begun, self._left, self._note = 0.0, 0.0, 0.0, ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.replay(state)
+        log.phase("compile", step=state.global_step)
+        self._first = state.global_step
         self._tokens, self._steps = int(state.num_input_tokens_seen), state.global_step
         self._show = self._bar.enter_context(log.progress("train", state.max_steps, sys.stderr))
 
@@ -52,6 +54,8 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._busy += time.monotonic() - self._begun  # evaluation and checkpoints do not count as training
+        if state.global_step == self._first + 1:
+            log.phase("train", step=state.global_step)
         if self._show:
             self._show(state.global_step, self._note)
 

@@ -44,6 +44,7 @@ def train(task: Task, notice: Notice) -> None:
     saving = checkpoint.Background(checkpoints)
     trainer = _trainer(task, saving, resumed, notice, progress)
     _run(trainer, saving, resumed, notice, task.config.checkpoint.grace_seconds, progress)
+    log.phase("publish")
     _write(task, trainer, checkpoints, made)
     owner.confirm()  # the place is that of every attempt on this machine
     manifest.seal(made)
@@ -155,6 +156,7 @@ def _run(
     try:
         with notice.deferred():
             trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
+            log.phase("upload", step=trainer.state.global_step)
             saving.finish(lambda: _left(notice, grace))
     except torch.OutOfMemoryError as e:
         raise errors.PermanentError(

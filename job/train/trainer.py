@@ -1,9 +1,11 @@
 """TRL's trainer, made exact: our checkpoints instead of its own, and randomness that depends on the step alone."""
 
+import contextlib
 import hashlib
 import math
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     def __init__(self, saving: checkpoint.Background, *, keep_best: bool, **how: Any) -> None:
         super().__init__(**how)
         self._saving, self._keep_best = saving, keep_best
+        self._first = 0  # the step that this attempt goes on from
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses over tokens, tokens
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
@@ -36,7 +39,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     def evaluation_loop(self, *how: Any, **more: Any) -> Any:
         """Weigh every token alike: the stock mean over batches changes with the batch size."""
         self._evaluated.zero_()
-        output = super().evaluation_loop(*how, **more)
+        with self._aside("evaluate"):
+            output = super().evaluation_loop(*how, **more)
         total, count = self._evaluated.tolist()
         output.metrics["eval_loss"] = total / max(count, 1)
         return output
@@ -45,11 +49,22 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         begun = time.monotonic()
         self.store_flos()
         if self.is_world_process_zero():
-            scratch = Path(self.args.output_dir) / checkpoint.TRAINER
-            self.state.save_to_json(str(scratch))
-            state = checkpoint.capture(self.state.global_step, self._loop(), scratch.read_text(encoding="utf-8"))
-            self._saving.submit(state, self.state.best_global_step if self._keep_best else None)
+            with self._aside("save"):
+                self._submit()
             self._saving.stall = time.monotonic() - begun
+
+    def _submit(self) -> None:
+        scratch = Path(self.args.output_dir) / checkpoint.TRAINER
+        self.state.save_to_json(str(scratch))
+        state = checkpoint.capture(self.state.global_step, self._loop(), scratch.read_text(encoding="utf-8"))
+        self._saving.submit(state, self.state.best_global_step if self._keep_best else None)
+
+    @contextlib.contextmanager
+    def _aside(self, phase: str) -> Iterator[None]:
+        """Account for `phase` while the block lasts, and then for training again."""
+        log.phase(phase, step=self.state.global_step)
+        yield
+        log.phase("train" if self.state.global_step > self._first else "compile", step=self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.restore_adapter(Path(resume_from_checkpoint), self.model)
@@ -73,6 +88,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         self.state.compute_steps(
             self.args, max_steps
         )  # a restored state carries the cadence of the attempt that wrote it
+        self._first = self.state.global_step
         return begun
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
