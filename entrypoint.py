@@ -38,14 +38,14 @@ def story(
 
     launch.check(config)
     store, cache = storage.connect(config.run.url), _cache(config, environ)
-    if not restart and _over(store, config, claim.agree(store, config), notice):
+    if not restart and _over(store, cache, config, claim.agree(store, config), notice):
         return
     store = storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
     pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
     owner, attempt = lease.take(store, config.run.lease_seconds, after)
     preemption.watch(preemption.Endpoints.of(environ), notice)
     began = claim.claim(store, config, attempt if restart else None, owner.confirm)
-    if _over(store, config, began, notice):  # by the start that owned it until now
+    if _over(store, cache, config, began, notice):  # by the start that owned it until now
         return
     log_file = log.to_file(cache.log(), anew=True)
     attempts.begin(store, log_file, attempt, publish.progress(store, began), config.run.give_up_after)
@@ -224,13 +224,14 @@ def _cache(config: "Config", environ: Mapping[str, str]) -> "Cache":
     return paths.Cache.of(Path(config.run.cache).expanduser() if config.run.cache else default, config.run.url)
 
 
-def _over(store: "Store", config: "Config", began: int, notice: preemption.Notice) -> bool:
+def _over(store: "Store", cache: "Cache", config: "Config", began: int, notice: preemption.Notice) -> bool:
     """True if all of the run is in the store already; then a request to stop changes nothing any more."""
     from job import publish
 
     record = publish.finished(store, config, began)
     if record:
         notice.conclude()
+        shutil.rmtree(cache.work(""), ignore_errors=True)  # of a start that was killed after it wrote the record
         _say_done("this run is done already", config, record)
     return record is not None
 

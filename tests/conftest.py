@@ -1,6 +1,7 @@
 """The real things that the tests run against: an S3 server, a tiny model, the 135M model, and the job as a process."""
 
 import fcntl
+import functools
 import io
 import json
 import logging
@@ -183,35 +184,33 @@ def records(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def tiny_run(tmp_path: Path, tiny_model: Path, records: Callable[..., Path]) -> Callable[..., Path]:
+def tiny_run(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     """Write the config of a run of seconds and return its path; keyword arguments replace whole sections' keys."""
+    return functools.partial(tiny_config, tmp_path, tiny_model)
 
-    def write(name: str = "run.yaml", **changes: dict[str, object]) -> Path:
-        rows = [
-            {"instruction": q, "output": a, "id": i, "source": "made", "lang": "en"}
-            for i, (q, a) in enumerate(QUESTIONS)
-        ]
-        tree: dict[str, dict[str, object]] = {
-            "run": {"name": "tiny", "url": f"{tmp_path}/run", "cache": f"{tmp_path}/cache"},
-            "model": {"base": str(tiny_model)},
-            "data": {
-                "train": [str(records("train.jsonl", rows[8:]))],
-                "eval": [str(records("eval.jsonl", rows[:8]))],
-                "max_length": 64,
-            },
-            "train": {
-                "max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "log_every": 2,
-                "eval_every": 3,
-            },
-            "checkpoint": {"every_steps": 2, "keep": 2},
-        }  # fmt: skip
-        for section, keys in changes.items():
-            tree.setdefault(section, {}).update(keys)
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-        return path
 
-    return write
+def tiny_config(folder: Path, model: Path, /, name: str = "run.yaml", **changes: dict[str, object]) -> Path:
+    """The same for a `folder` and a `model` of one's own."""
+    rows = [
+        {"instruction": q, "output": a, "id": i, "source": "made", "lang": "en"} for i, (q, a) in enumerate(QUESTIONS)
+    ]
+    for split, part in {"train": rows[8:], "eval": rows[:8]}.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    tree: dict[str, dict[str, object]] = {
+        "run": {"name": "tiny", "url": f"{folder}/run", "cache": f"{folder}/cache"},
+        "model": {"base": str(model)},
+        "data": {"train": [f"{folder}/train.jsonl"], "eval": [f"{folder}/eval.jsonl"], "max_length": 64},
+        "train": {
+            "max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "log_every": 2,
+            "eval_every": 3,
+        },
+        "checkpoint": {"every_steps": 2, "keep": 2},
+    }  # fmt: skip
+    for section, keys in changes.items():
+        tree.setdefault(section, {}).update(keys)
+    path = folder / name
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
 
 
 @pytest.fixture

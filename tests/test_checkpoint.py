@@ -47,7 +47,7 @@ def checkpoints(store: storage.Store, tmp_path: Path) -> Callable[..., checkpoin
 
 
 def state(number: int) -> checkpoint.State:
-    return checkpoint.capture(number, loop(torch.optim.AdamW), "{}")
+    return checkpoint.capture(number, loop(torch.optim.AdamW), "{}", {})
 
 
 def names(store: storage.Store) -> set[str]:
@@ -64,7 +64,7 @@ def test_training_goes_on_bitwise_where_it_stopped(
         step(whole, seed)
     for seed in range(2):
         step(broken, seed)
-    checkpoints().save(checkpoint.capture(2, broken, "{}"), None)
+    checkpoints().save(checkpoint.capture(2, broken, "{}", {}), None)
 
     found = checkpoints(attempt=2).latest()
     assert found

@@ -3,7 +3,7 @@
 from job.checkpoint.background import Background
 from job.checkpoint.cadence import interval
 from job.checkpoint.kept import Checkpoints, Found
-from job.checkpoint.state import TRAINER, Loop, State, capture, restore_adapter, restore_optimizer
+from job.checkpoint.state import TRAINER, Loop, State, capture, restore_adapter, restore_optimizer, unlogged
 
 __all__ = [
     "TRAINER",
@@ -16,4 +16,5 @@ __all__ = [
     "interval",
     "restore_adapter",
     "restore_optimizer",
+    "unlogged",
 ]

@@ -49,9 +49,20 @@ class Checkpoints:
         )
         try:
             self._keep_here(local, paths.checkpoint(state.step, self._attempt), whole)
-            self._forget(state.step, best_step)
+            self.forget(state.step, best_step)
         except (errors.StoreError, OSError) as e:  # what was to be kept is kept
             log.warn("checkpoint.untidy", f"after the checkpoint at step {state.step}: {e}; the next one tidies up")
+
+    def forget(self, step: int, best_step: int | None) -> None:
+        """Remove what neither retention nor `best_step` keeps. What is newer than `step` was unreadable: it stays."""
+        self._confirm()
+        sealed = self._sealed()
+        newest = [name for name, number in sealed if number <= step][-self._keep :]
+        kept = {*newest, *(name for name, number in sealed if number == best_step or number > step)}
+        everything = {m[0]: int(m[2]) for entry in self._store.list(paths.CHECKPOINTS) if (m := _NAME.match(entry.key))}
+        for name, attempt in everything.items():
+            if name not in kept and attempt <= self._attempt:
+                storage.remove(self._store, name)
 
     def latest(self) -> Found | None:
         """The newest checkpoint that verifies, pulled to the local disk; older ones stand in for damaged ones.
@@ -135,14 +146,3 @@ class Checkpoints:
             if key.endswith(f"/{manifest.NAME}") and (m := _NAME.match(key)) and int(m[2]) >= self._began
         }
         return [(name, step) for name, (step, _) in sorted(names.items(), key=lambda item: item[1])]
-
-    def _forget(self, step: int, best_step: int | None) -> None:
-        """Remove what neither retention nor `best_step` keeps. What is newer than `step` was unreadable: it stays."""
-        self._confirm()
-        sealed = self._sealed()
-        newest = [name for name, number in sealed if number <= step][-self._keep :]
-        kept = {*newest, *(name for name, number in sealed if number == best_step or number > step)}
-        everything = {m[0]: int(m[2]) for entry in self._store.list(paths.CHECKPOINTS) if (m := _NAME.match(entry.key))}
-        for name, attempt in everything.items():
-            if name not in kept and attempt <= self._attempt:
-                storage.remove(self._store, name)

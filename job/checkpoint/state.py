@@ -85,8 +85,11 @@ def inputs(directory: Path) -> dict[str, str]:
     return told
 
 
-def capture(step: int, loop: Loop, trainer: str) -> State:
-    """Copy everything that changes while training to host memory."""
+def capture(step: int, loop: Loop, trainer: str, unlogged: Mapping[str, Any]) -> State:
+    """Copy everything that changes while training to host memory; `unlogged` is what has been measured since the log.
+
+    That is JSON values, which `unlogged` gives back.
+    """
     tensors: Tensors = {}
     numbers: dict[str, dict[str, Any]] = {}
     for parameter, name in loop.names().items():
@@ -101,9 +104,16 @@ def capture(step: int, loop: Loop, trainer: str) -> State:
         "rates": [group["lr"] for group in loop.optimizer.param_groups],
         "scheduler": {what: schedule[what] for what in _SCHEDULE if what in schedule},
         "scaler": loop.scaler.state_dict() if loop.scaler else None,
+        "unlogged": dict(unlogged),
     }
     adapter = {name: _on_host(parameter) for parameter, name in loop.names().items()}
     return State(step, adapter, tensors, scalars, trainer)
+
+
+def unlogged(directory: Path) -> dict[str, Any]:
+    """What had been measured since the last line of the log when the checkpoint at `directory` was made."""
+    told: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))["unlogged"]
+    return told
 
 
 def restore_adapter(directory: Path, network: nn.Module) -> None:

@@ -45,7 +45,9 @@ def train(task: Task, notice: Notice) -> None:
     trainer = _trainer(task, saving, resumed, notice, progress)
     _run(trainer, saving, resumed, notice, task.config.checkpoint.grace_seconds, progress)
     log.phase("publish")
-    _write(task, trainer, checkpoints, made)
+    best = trainer.state.best_global_step if task.config.train.keep_best else None
+    checkpoints.forget(trainer.state.global_step, best)  # what a kill in the last retention left
+    _write(task, trainer, checkpoints, best, made)
     owner.confirm()  # the place is that of every attempt on this machine
     manifest.seal(made)
     shutil.rmtree(task.out, ignore_errors=True)
@@ -176,8 +178,7 @@ def _left(notice: Notice, grace: float) -> float:
     return grace - (time.monotonic() - notice.since) if notice.reason else math.inf
 
 
-def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, made: Path) -> None:
-    best = trainer.state.best_global_step if task.config.train.keep_best else None
+def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, best: int | None, made: Path) -> None:
     if best and best != trainer.state.global_step:
         log.event(
             "train.best",

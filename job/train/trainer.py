@@ -29,6 +29,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         self._saving, self._keep_best = saving, keep_best
         self._first = 0  # the step that this attempt goes on from
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses over tokens, tokens
+        self._unlogged: dict[str, Any] = {}
+        self.add_callback(_TakeUp(self))
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
         count = (inputs["labels"][:, 1:] != IGNORED).sum().item()
@@ -56,7 +58,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     def _submit(self) -> None:
         scratch = Path(self.args.output_dir) / checkpoint.TRAINER
         self.state.save_to_json(str(scratch))
-        state = checkpoint.capture(self.state.global_step, self._loop(), scratch.read_text(encoding="utf-8"))
+        unlogged = {
+            "loss": self._tr_loss.item(),
+            "step": self._globalstep_last_logged,
+            "metrics": dict(self._metrics["train"]),
+        }
+        trainer = scratch.read_text(encoding="utf-8")
+        state = checkpoint.capture(self.state.global_step, self._loop(), trainer, unlogged)
         self._saving.submit(state, self.state.best_global_step if self._keep_best else None)
 
     @contextlib.contextmanager
@@ -72,6 +80,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     def _load_optimizer_and_scheduler(self, directory: str | None) -> None:
         if directory is not None:
             checkpoint.restore_optimizer(Path(directory), self._loop())
+            self._unlogged = checkpoint.unlogged(Path(directory))
+
+    def take_up(self) -> None:
+        """Go on with the sums of the line of the log that was not full when the checkpoint was made."""
+        if self._unlogged:
+            self._tr_loss += self._unlogged["loss"]
+            self._globalstep_last_logged = self._unlogged["step"]
+            self._metrics["train"].update(self._unlogged["metrics"])
 
     def _loop(self) -> checkpoint.Loop:
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
@@ -96,6 +112,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Restored with the optimizer."""
+
+
+class _TakeUp(TrainerCallback):
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.take_up()  # the stock loop has just set them to zero
 
 
 class Exact(TrainerCallback):
