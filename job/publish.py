@@ -31,6 +31,7 @@ def done(
 ) -> dict[str, Any]:  # fmt: skip
     """Write ``done.json``: what came in, what went out, and how it went. Returns its content."""
     confirm()
+    old = store.read(paths.DONE)
     record = {
         "run": settings.run.name,
         "inputs": facts["inputs"],
@@ -45,8 +46,22 @@ def done(
         store.delete(left.key)
     for place in (paths.CHECKPOINTS, *_places(settings)):
         store.sweep(place)
+    if not settings.merge.enabled and store.list(paths.MERGED) and not merged(store, int(facts["inputs"]["began"])):
+        storage.remove(store, paths.MERGED)
+        log.warn(
+            "publish.removed",
+            f"{store.url}/{paths.MERGED} was of the run before the restart, and this one merges nothing: removed",
+        )
     confirm()
-    store.put(paths.DONE, json.dumps(record, indent=1).encode())
+    text = json.dumps(record, indent=1).encode()
+    try:
+        if old:
+            store.replace(paths.DONE, text, old.version)
+        else:
+            store.create(paths.DONE, text)
+    except errors.ConflictError:
+        confirm()  # who lost because the run is another's now, hears that instead
+        raise
     return record
 
 

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from job import checkpoint, config, preemption
+from job import checkpoint, config, inputs, preemption
 from job.train.trainer import Cadence
 
 
@@ -21,6 +23,15 @@ class Saving:
 
     def expected(self) -> float:
         return self.upload
+
+
+@dataclass
+class Task:
+    """What the decision needs of a task."""
+
+    config: config.Config
+    grace: float = 30.0
+    start: inputs.Start = field(default_factory=lambda: inputs.Start(1, 0, "token", 3600.0))
 
 
 @pytest.mark.parametrize(
@@ -38,10 +49,10 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> TrainingArguments:
 
 
 def after_a_step(
-    arguments: TrainingArguments, saving: Saving, notice: preemption.Notice, settings: config.Checkpoint, waited: float
+    arguments: TrainingArguments, saving: Saving, notice: preemption.Notice, task: Task, waited: float
 ) -> TrainerControl:
     """What is decided at the end of a step, `waited` seconds after the last checkpoint."""
-    cadence = Cadence(notice, saving, settings, 3600.0, keep_best=False)  # type: ignore[arg-type]
+    cadence = Cadence(notice, saving, task, keep_best=False)  # type: ignore[arg-type]
     cadence._saved -= waited
     control = TrainerControl()
     cadence.on_step_end(arguments, TrainerState(global_step=3, max_steps=10), control)
@@ -51,36 +62,37 @@ def after_a_step(
 @pytest.mark.parametrize(("waited", "due"), [(59, False), (61, True)])
 @pytest.mark.parametrize("minutes", [1.0, "auto"])
 def test_a_checkpoint_is_due_after_its_interval(
-    *, waited: float, due: bool, minutes: float | str, arguments: TrainingArguments
+    *, waited: float, due: bool, minutes: float | str, arguments: TrainingArguments, tiny_run: Callable[..., Path]
 ) -> None:
     """A number of minutes, or what Young's formula gives for what a checkpoint costs here."""
-    settings = config.Checkpoint.model_validate({"every_minutes": minutes})
+    task = Task(config.read(tiny_run(checkpoint={"every_minutes": minutes})))
 
-    control = after_a_step(arguments, Saving(0.5, 1), preemption.Notice(), settings, waited)
+    control = after_a_step(arguments, Saving(0.5, 1), preemption.Notice(), task, waited)
 
     assert control.should_save is due
 
 
-def test_a_warning_is_worth_one_checkpoint(arguments: TrainingArguments) -> None:
+def test_a_warning_is_worth_one_checkpoint(arguments: TrainingArguments, tiny_run: Callable[..., Path]) -> None:
     """Training goes on: the machine may stay."""
     notice = preemption.Notice()
     notice.warn("the test says so")
 
-    control = after_a_step(arguments, Saving(0.5, 1), notice, config.Checkpoint(), 0)
+    control = after_a_step(arguments, Saving(0.5, 1), notice, Task(config.read(tiny_run())), 0)
 
     assert control.should_save
     assert not control.should_training_stop
 
 
-@pytest.mark.parametrize(("upload", "saves"), [(5.0, True), (20.0, False)])
+@pytest.mark.parametrize(("upload", "grace", "saves"), [(5.0, 30.0, True), (20.0, 30.0, False), (20.0, 115.0, True)])
 def test_a_checkpoint_that_would_come_too_late_is_not_begun(
-    *, upload: float, saves: bool, arguments: TrainingArguments, said: Callable[[], str]
-) -> None:
-    """Fifteen seconds after the request, of thirty that the cluster gives: what takes longer than the rest is left."""
+    *, upload: float, grace: float, saves: bool, arguments: TrainingArguments, tiny_run: Callable[..., Path],
+    said: Callable[[], str],
+) -> None:  # fmt: skip
+    """Fifteen seconds after the request: what takes longer than the rest of what the cluster gives is left."""
     notice = preemption.Notice()
     notice.reason, notice.since = "the test", time.monotonic() - 15
 
-    control = after_a_step(arguments, Saving(0.5, upload), notice, config.Checkpoint(), 0)
+    control = after_a_step(arguments, Saving(0.5, upload), notice, Task(config.read(tiny_run()), grace), 0)
 
     assert control.should_training_stop
     assert control.should_save is saves

@@ -57,7 +57,8 @@ def test_a_training_that_is_killed_may_work_next_time(task: inputs.Task) -> None
 
 
 def test_a_request_to_stop_reaches_the_training_and_is_waited_for(task: inputs.Task, tmp_path: Path) -> None:
-    """The job ends with the preempted status after the training has saved, not before."""
+    """The job ends with the preempted status after the training has saved, not before; it knows how long it may."""
+    assert task.grace == 30
     notice = preemption.Notice()
     saved = tmp_path / "saved"
     code = f"""
@@ -74,13 +75,14 @@ time.sleep(60)
     def ask() -> None:
         while not (tmp_path / "ready").exists():
             time.sleep(0.05)
-        notice.reason = "SIGTERM"
+        notice.reason, notice.grace = "SIGTERM", 115.0
 
     threading.Thread(target=ask).start()
     with pytest.raises(errors.Preempted, match="stopped by SIGTERM"):
         start(code, task, notice)
 
     assert saved.exists()
+    assert task.grace == 115
 
 
 def test_a_training_whose_job_is_gone_ends() -> None:

@@ -29,7 +29,7 @@ def settings(tiny_run: Callable[..., Path]) -> config.Config:
 
 @pytest.fixture
 def facts(settings: config.Config) -> dict[str, object]:
-    return FACTS | {"inputs": {"base": "d1", "data": "d2", "config": config.digest(settings)}}
+    return FACTS | {"inputs": {"base": "d1", "data": "d2", "config": config.digest(settings), "began": "0"}}
 
 
 @pytest.fixture
@@ -93,14 +93,20 @@ def test_a_record_of_another_config_is_refused(
         publish.finished(store, config.read(tiny_run(lora={"r": 4})), 0)
 
 
-def test_without_a_merge_the_merged_model_is_not_asked_for(store: storage.Store, tiny_run: Callable[..., Path]) -> None:
-    """Who wants the adapter only is done with it."""
+@pytest.mark.parametrize(("made", "stays"), [(3, True), (0, False)])
+def test_without_a_merge_the_merged_model_is_not_asked_for(
+    *, made: int, stays: bool, store: storage.Store, tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Who wants the adapter only is done with it; a merged model from before a restart would not fit it and goes."""
     settings = config.read(tiny_run(merge={"enabled": False}))
-    storage.remove(store, paths.MERGED)
+    (tmp_path / paths.MERGED / paths.TRAINING).write_text(json.dumps({"inputs": {"began": str(made)}}))
+    publish.directory(store, tmp_path / paths.MERGED, paths.MERGED, lambda: None)
+    inputs = {"config": config.digest(settings), "began": "3"}
 
-    publish.done(store, settings, FACTS | {"inputs": {"config": config.digest(settings)}}, SPENT, 1, lambda: None)
+    publish.done(store, settings, FACTS | {"inputs": inputs}, SPENT, 3, lambda: None)
 
-    assert publish.finished(store, settings, 0)
+    assert publish.finished(store, settings, 3)
+    assert bool(store.list(paths.MERGED)) is stays
 
 
 def test_the_report_says_what_was_made_of_what(settings: config.Config, tmp_path: Path) -> None:

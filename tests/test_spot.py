@@ -108,6 +108,7 @@ def test_aws_takes_the_machine_away(told: dict[str, str], notice: preemption.Not
         until(lambda: notice.reason)
 
     assert "an AWS spot notice: terminate at 2026-11-22T08:22:00Z" in str(notice.reason)
+    assert 110 < (notice.grace or 0) < 120
 
 
 def test_gcp_takes_the_machine_away(told: dict[str, str], notice: preemption.Notice) -> None:
@@ -121,6 +122,7 @@ def test_gcp_takes_the_machine_away(told: dict[str, str], notice: preemption.Not
         until(lambda: notice.reason)
 
     assert "the instance is being preempted" in str(notice.reason)
+    assert 20 < (notice.grace or 0) < 30
 
 
 def test_azure_takes_the_machine_away(told: dict[str, str], notice: preemption.Notice) -> None:

@@ -13,6 +13,7 @@ from conftest import S3, files
 from job import errors, manifest, storage
 from job.storage import checksum, incoming, local
 from job.storage.journal import Journal, Part
+from job.storage.store import ANY, Upload
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -41,11 +42,11 @@ class Fragile:
     def __getattr__(self, name: str) -> object:
         return getattr(self._store, name)
 
-    def upload(self, key: str, size: int) -> object:
+    def upload(self, key: str, size: int, over: str | None) -> object:
         if self.uploads == self._left:
             raise errors.DeniedError("the credentials were taken away")
         self.uploads += 1
-        return self._store.upload(key, size)
+        return self._store.upload(key, size, over)
 
 
 class Counting:
@@ -80,11 +81,38 @@ def entries_of(store: storage.Store, prefix: str) -> list[storage.Entry]:
 
 def write(store: storage.Store, key: str, path: Path) -> None:
     """Put a file there as another tool would: without a manifest."""
-    upload, size = store.upload(key, path.stat().st_size), store.part_size(path.stat().st_size)
-    data = path.read_bytes()
+    bring(store.upload(key, path.stat().st_size, ANY), path.read_bytes(), store.part_size(path.stat().st_size))
+
+
+def bring(upload: Upload, data: bytes, size: int) -> None:
+    """All parts of an upload, and its end."""
     for number in range(max(1, -(-len(data) // size))):
         upload.send(number, data[number * size : (number + 1) * size], lambda: None)
     upload.finish()
+
+
+@pytest.mark.parametrize("size", [100, 40 << 20], ids=["whole", "in parts"])
+@pytest.mark.parametrize("was_there", [False, True], ids=["new", "replaced"])
+def test_a_late_write_does_not_replace_a_newer_one(
+    *, was_there: bool, size: int, store: storage.Store, tmp_path: Path
+) -> None:
+    """A start that was taken for dead comes back in the middle of an upload: what its successor wrote stays."""
+    late, newer = tmp_path / "late", tmp_path / "newer"
+    late.write_bytes(os.urandom(size))
+    newer.write_bytes(os.urandom(size))
+    if was_there:
+        write(store, "merged/file", late)
+    seen = {entry.key: entry.version for entry in store.list("merged/")}.get("merged/file")
+    upload, part = store.upload("merged/file", size, seen), store.part_size(size)
+    write(store, "merged/file", newer)
+
+    with pytest.raises((errors.ConflictError, errors.ChangedError), match=r"exists already|somebody"):
+        bring(upload, late.read_bytes(), part)
+    upload.abort()
+
+    store.sweep("merged/")
+    entry = store.list("merged/")[0]
+    assert b"".join(store.stream(entry, 0, entry.size)) == newer.read_bytes()
 
 
 def test_a_pushed_directory_comes_back_whole(store: storage.Store, directory: Path, tmp_path: Path) -> None:
@@ -238,7 +266,7 @@ def test_the_parts_of_a_killed_upload_are_not_sent_again(s3: S3, bucket: str, di
     """They are compared by their checksum; one that differs is sent, and nothing unfinished stays."""
     store, large = storage.connect(f"s3://{bucket}/run"), directory / "sub" / "large"
     size = store.part_size(large.stat().st_size)
-    killed = store.upload("merged/sub/large", large.stat().st_size)
+    killed = store.upload("merged/sub/large", large.stat().st_size, None)
     killed.send(0, large.read_bytes()[:size], lambda: None)
     killed.send(1, b"stale" * 100, lambda: None)
     sent: list[int] = []

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, S3, command, files, tiny_config
 from faults import Proxy, reset, says
 from killing import Moment, Stopped, checkpoints, debris, differences, download
@@ -97,8 +98,8 @@ MOMENTS = {
     "between two publications": Moment("job", "job.publish", "directory", argument="adapter/"),
     "merge": Moment("job", "job.merge", "_merge", call=5),
     "publish merged": Moment("job", "job.storage.upload", "_clear", argument="merged/"),
-    "just before done": Moment("job", "job.storage.s3", "S3.put", argument="done.json"),
-    "just after done": Moment("job", "job.storage.s3", "S3.put", argument="done.json", after=True),
+    "just before done": Moment("job", "job.storage.s3", "S3.create", argument="done.json"),
+    "just after done": Moment("job", "job.storage.s3", "S3.create", argument="done.json", after=True),
 }
 TRAINING = ("model load", "evaluation", "inside a step", "host copy", "upload", "between upload and seal", "trained")
 
@@ -215,16 +216,20 @@ def test_a_stop_at_any_moment_costs_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 @pytest.mark.parametrize("moment", TRAINING)
-def test_a_kill_of_the_whole_process_group_costs_nothing(
-    moment: str, in_s3: Path, ends_as_undisturbed: Callable[..., None]
+def test_a_signal_to_the_whole_process_group_costs_nothing(
+    moment: str, number: signal.Signals, in_s3: Path, ends_as_undisturbed: Callable[..., None]
 ) -> None:
-    """As `kill -9` of a job step does it, or a machine that loses its power."""
+    """As some schedulers send them to every process of a step, a terminal with Ctrl-C, and a power cut without."""
     stopped = Stopped(MOMENTS[moment], in_s3)
 
-    os.killpg(stopped.job, signal.SIGKILL)
+    os.killpg(stopped.job, number)
+    if number != signal.SIGKILL:
+        time.sleep(HEARD)
+        stopped.go_on()
 
-    assert stopped.ended() == -signal.SIGKILL
+    assert stopped.ended() == (-signal.SIGKILL if number == signal.SIGKILL else 75), stopped.said
     ends_as_undisturbed(starts=1)
 
 
@@ -241,6 +246,34 @@ def test_a_kill_of_the_training_alone_costs_nothing(
     assert stopped.ended() == 1
     assert "training was killed by SIGKILL; the kernel kills so when memory runs out" in stopped.said
     ends_as_undisturbed(starts=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_machine_that_was_paused_writes_nothing_when_it_wakes_up(
+    moment: str, in_s3: Path, s3: S3, bucket: str, job: Job, tmp_path: Path
+) -> None:
+    """Another one has taken over and finished meanwhile; wherever the first stood, it notices and ends with 75."""
+    hasty = {"run": {**yaml.safe_load(in_s3.read_text())["run"], "lease_seconds": 4}}
+    in_s3.write_text(yaml.safe_dump(yaml.safe_load(in_s3.read_text()) | hasty))
+    stopped = Stopped(MOMENTS[moment], in_s3)
+    os.killpg(stopped.job, signal.SIGSTOP)
+    second = job("run", in_s3, "--set", f"run.cache={tmp_path}/elsewhere")
+    assert second.returncode == 0, second.stderr
+    before = written(s3, bucket)
+
+    os.killpg(stopped.job, signal.SIGCONT)
+    stopped.go_on()
+
+    assert stopped.ended() == (0 if moment == "just after done" else 75), stopped.said
+    assert written(s3, bucket) == before
+    assert not debris(download(s3, bucket, tmp_path / "downloaded"), attempts=2, keep=2)
+
+
+def written(s3: S3, bucket: str) -> dict[str, object]:
+    """When each object of the run was written."""
+    told = s3.client().list_objects_v2(Bucket=bucket, Prefix="run/")["Contents"]
+    return {item["Key"]: (item["LastModified"], item["ETag"]) for item in told}
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ class Notice:
     def __init__(self) -> None:
         self.reason: str | None = None
         self.since = 0.0  # when the request came, by time.monotonic()
+        self.grace: float | None = None  # seconds from then to the end of the machine, if the cluster said so
         self.at_risk: str | None = None  # why the request may come soon
         self._deferred, self._concluded = False, False
         self._failure: BaseException | None = None
@@ -51,8 +52,9 @@ class Notice:
             self._deferred = False
         self.check()
 
-    def request(self, reason: str) -> None:
-        """Ask to stop, like a signal; for other threads."""
+    def request(self, reason: str, grace: float) -> None:
+        """Ask to stop, like a signal, `grace` seconds before the machine is gone; for other threads."""
+        self.grace = grace if self.reason is None else self.grace
         if self._note(reason):
             _wake()
 

@@ -20,6 +20,7 @@ _POLL_SECONDS = 5.0
 _SEARCHES, _SEARCH_SECONDS = 3, 30.0  # a metadata service may be slow when its machine has just been started
 _PATIENCE_SECONDS = 2.0  # they are on the machine itself or not at all
 _LINK_LOCAL = "http://169.254.169.254"
+_AWS_SECONDS, _GCP_SECONDS, _AZURE_SECONDS = 120.0, 30.0, 30.0  # of warning, at least, as they are documented
 _AZURE_TAKES = ("Preempt", "Terminate", "Reboot", "Redeploy")
 
 
@@ -44,6 +45,10 @@ class Endpoints:
 
 class Service(Protocol):
     """One cloud's metadata service, known to answer."""
+
+    @property
+    def warning(self) -> float:
+        """Seconds between the notice and the end of the machine."""
 
     def taken(self) -> str | None:
         """Why and when the machine will be taken away; None if nothing is planned."""
@@ -70,7 +75,7 @@ def _watch(endpoints: Endpoints, notice: Notice) -> None:
     while not notice.reason:
         try:
             if why := service.taken():
-                notice.request(why)
+                notice.request(why, service.warning - _POLL_SECONDS)  # it may be as old as that
             elif why := service.at_risk():
                 notice.warn(why)
         except Exception as e:  # noqa: BLE001 - whatever it answers, asking again is all that can be done
@@ -79,6 +84,8 @@ def _watch(endpoints: Endpoints, notice: Notice) -> None:
 
 
 class _Aws:
+    warning = _AWS_SECONDS
+
     def __init__(self, root: str, token: str) -> None:
         self._root, self._token = root, token
 
@@ -113,6 +120,7 @@ class _Aws:
 
 
 class _Gcp:
+    warning = _GCP_SECONDS
     _HEADERS = {"Metadata-Flavor": "Google"}  # noqa: RUF012 - never changed
 
     def __init__(self, root: str) -> None:
@@ -135,6 +143,7 @@ class _Gcp:
 
 
 class _Azure:
+    warning = _AZURE_SECONDS
     _HEADERS = {"Metadata": "true"}  # noqa: RUF012 - never changed
 
     def __init__(self, root: str, name: str) -> None:

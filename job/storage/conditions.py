@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from job import errors, log
 from job.storage.checksum import Expected
-from job.storage.store import Blob, Block, Entry, Store, Upload
+from job.storage.store import ANY, Blob, Block, Entry, Store, Upload
 
 
 def checked(store: Store, place: str, *, required: bool) -> Store:
@@ -103,8 +103,8 @@ class _Emulated:
     def part_size(self, size: int) -> int:
         return self._store.part_size(size)
 
-    def upload(self, key: str, size: int) -> Upload:
-        return self._store.upload(key, size)
+    def upload(self, key: str, size: int, _over: str | None) -> Upload:
+        return self._store.upload(key, size, ANY)
 
     def sweep(self, prefix: str) -> None:
         self._store.sweep(prefix)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from job import errors, manifest
-from job.storage.store import Blob, Block, Check, Entry, Upload
+from job.storage.store import ANY, Blob, Block, Check, Entry, Upload
 
 _PRIVATE = ".store"  # temporary files and the lock, below the root
 _STALE_SECONDS = 24 * 3600
@@ -85,11 +85,7 @@ class Folder:
                 raise _unable(e, self.root, "hard links") from e
 
     def replace(self, key: str, data: bytes, version: str) -> None:
-        with self._temporary() as temporary, (self.root / _PRIVATE / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as e:
-                raise _unable(e, self.root, "file locks") from e
+        with self._temporary() as temporary, self._locked():
             there = self.read(key)
             if there is None or there.version != version:
                 raise errors.ConflictError(f"{self.url}/{key} was changed by somebody else")
@@ -99,8 +95,17 @@ class Folder:
     def part_size(self, _size: int) -> int:
         return _PART
 
-    def upload(self, key: str, size: int) -> Upload:
-        return _FolderUpload(self._part(), self.root / key, size)
+    def upload(self, key: str, size: int, over: str | None) -> Upload:
+        temporary = self._part()
+
+        def become() -> None:
+            with self._locked():
+                there = self._version(key)
+                if over not in (ANY, there):
+                    raise errors.ConflictError(f"{self.url}/{key} was changed by somebody else")
+                _into_place(temporary, self.root / key, temporary.rename)
+
+        return _FolderUpload(temporary, size, become)
 
     def sweep(self, prefix: str) -> None:
         """Nothing is known of unfinished uploads but their age: what killed writers left is swept after a day."""
@@ -117,6 +122,21 @@ class Folder:
     def _entry(path: Path, key: str) -> Entry:
         seen = path.stat()
         return Entry(key, seen.st_size, f"{seen.st_mtime_ns}-{seen.st_ino}")
+
+    def _version(self, key: str) -> str | None:
+        try:
+            return self._entry(self.root / key, key).version
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.root / _PRIVATE / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as e:
+                raise _unable(e, self.root, "file locks") from e
+            yield
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -138,10 +158,10 @@ class Folder:
 
 
 class _FolderUpload:
-    """A file that is written beside the store's files and renamed when it is whole."""
+    """A file that is written beside the store's files, to `become` one of them when it is whole."""
 
-    def __init__(self, temporary: Path, target: Path, size: int) -> None:
-        self._temporary, self._target, self._size = temporary, target, size
+    def __init__(self, temporary: Path, size: int, become: Callable[[], None]) -> None:
+        self._temporary, self._size, self._become = temporary, size, become
         self._temporary.touch()
 
     def send(self, number: int, data: bytes, check: Check) -> None:
@@ -153,7 +173,7 @@ class _FolderUpload:
     def finish(self) -> None:
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
-        _into_place(self._temporary, self._target, self._temporary.rename)
+        self._become()
 
     def abort(self) -> None:
         self._temporary.unlink(missing_ok=True)

@@ -13,15 +13,15 @@ _LEAVE_SECONDS = 0.2
 
 
 class Outgoing:
-    """The local file at `path`, to become `key`.
+    """The local file at `path`, to become `key` in place of the version `over`, as in `Store.upload`.
 
     Each call of `send_next` holds one part in memory, so a crew needs as many parts as it has hands.
     """
 
-    def __init__(self, store: Store, path: Path, key: str) -> None:
+    def __init__(self, store: Store, path: Path, key: str, over: str | None) -> None:
         self.key, self.size = key, path.stat().st_size
         self.file: File | None = None  # known when all of it was sent
-        self._store, self._path, self._lock = store, path, threading.Lock()
+        self._store, self._path, self._over, self._lock = store, path, over, threading.Lock()
         self._part_size = store.part_size(self.size)
         self._hash = hashlib.sha256()
         self._upload: Upload | None = None
@@ -71,7 +71,7 @@ class Outgoing:
         with self._lock:
             crew.check()  # nothing is begun after the crew was stopped
             if self._upload is None or self._reading is None:
-                self._upload = self._store.upload(self.key, self.size)
+                self._upload = self._store.upload(self.key, self.size, self._over)
                 self._reading = self._path.open("rb")
             number, data = self._taken, self._reading.read(self._part_size)
             self._hash.update(data)

@@ -6,7 +6,6 @@ counted and none is made twice.
 
 import contextlib
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,19 +14,17 @@ import botocore.config
 import botocore.exceptions
 
 from job import errors, log
-from job.storage import checksum, patience, s3_errors, s3_ranges, s3_upload
+from job.storage import checksum, patience, s3_errors, s3_ranges, s3_target, s3_upload
 from job.storage.checksum import Expected
-from job.storage.store import Blob, Block, Entry, Upload
+from job.storage.store import ANY, Blob, Block, Entry, Upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 Outcome = TypeVar("Outcome")
 
-_CONFLICTING = ("409", "ConditionalRequestConflict")  # two conditional writes at once: try again, says S3
 _LEAST_PART = 16 << 20
 _MOST_PARTS = 10_000
-_WRITER = "written-by"  # the metadata by which a conditional write knows itself again
 
 
 class S3:
@@ -106,19 +103,19 @@ class S3:
         return self._patiently(f"reading {key}", request)
 
     def put(self, key: str, data: bytes) -> None:
-        self._write(key, data, {})
+        self._write(key, data, ANY)
 
     def create(self, key: str, data: bytes) -> None:
-        self._write_if(key, data, {"IfNoneMatch": "*"}, "exists already")
+        self._write(key, data, None)
 
     def replace(self, key: str, data: bytes, version: str) -> None:
-        self._write_if(key, data, {"IfMatch": version}, "was changed by somebody else")
+        self._write(key, data, version)
 
     def part_size(self, size: int) -> int:
         return max(_LEAST_PART, -(-size // _MOST_PARTS))
 
-    def upload(self, key: str, size: int) -> Upload:
-        target = self._target(key)
+    def upload(self, key: str, size: int, over: str | None) -> Upload:
+        target = self._target(key, f'"{over}"' if over and over != ANY else over)
         return s3_upload.Parts(target, size) if size > self.part_size(size) else s3_upload.Whole(target)
 
     def sweep(self, prefix: str) -> None:
@@ -128,47 +125,14 @@ class S3:
     def delete(self, key: str) -> None:
         self._patiently(f"deleting {key}", lambda s3: s3.delete_object(Bucket=self.bucket, Key=self.prefix + key))
 
-    def _write(self, key: str, data: bytes, more: dict[str, Any]) -> None:
-        target = self._target(key)
+    def _write(self, key: str, data: bytes, over: str | None) -> None:
+        target = self._target(key, over)
+        self._patiently(f"writing {key}", lambda s3: target.put(s3, data, data))
 
-        def request(s3: "S3Client") -> None:
-            target.written(s3.put_object(**target.place, Body=data, **target.proof(data), **more), data)
-
-        self._patiently(f"writing {key}", request)
-
-    def _write_if(self, key: str, data: bytes, condition: dict[str, str], lost: str) -> None:
-        """Write if the condition holds. A write whose reply was lost is tried again, and then loses against itself.
-
-        So each carries a mark, by which it is known whose write it was that won.
-        """
-        mark, target = uuid.uuid4().hex, self._target(key)
-        more: dict[str, Any] = {**condition, "Metadata": {_WRITER: mark}}
-
-        def request(s3: "S3Client") -> None:
-            try:
-                target.written(s3.put_object(**target.place, Body=data, **target.proof(data), **more), data)
-            except botocore.exceptions.ClientError as e:
-                if s3_errors.code(e) not in (*s3_errors.LOST, *s3_errors.MISSING):
-                    raise
-                if self._writer(s3, key) != mark:
-                    raise errors.ConflictError(f"{self.url}/{key} {lost}") from e
-
-        self._patiently(f"writing {key}", request)
-
-    def _writer(self, s3: "S3Client", key: str) -> str | None:
-        try:
-            head = s3.head_object(Bucket=self.bucket, Key=self.prefix + key)
-        except botocore.exceptions.ClientError as e:
-            if s3_errors.code(e) in s3_errors.MISSING:
-                return None
-            raise
-        return head["Metadata"].get(_WRITER)
-
-    def _target(self, key: str) -> s3_upload.Target:
+    def _target(self, key: str, over: str | None = ANY) -> s3_target.Target:
         crc = getattr(self._client.meta.config, "request_checksum_calculation", None) != "when_required"
-        return s3_upload.Target(
-            self.bucket, self.prefix + key, self._once, self._patiently, self._briefly, self._untold, crc=crc
-        )
+        place = (self.bucket, self.prefix + key)
+        return s3_target.Target(place, over, self._once, self._patiently, self._briefly, self._untold, crc=crc)
 
     def _once(self, doing: str, request: Callable[["S3Client"], Outcome]) -> Outcome:
         with self._explained(doing):

@@ -1,16 +1,8 @@
-"""A file on its way into S3: in one request if it is small, else in parts that a later start can go on with.
+"""A file on its way into S3: in one request if it is small, else in parts that a later start can go on with."""
 
-Every request carries a checksum that the store compares with what arrived (CRC-64/NVME; MD5 where the AWS setting
-``request_checksum_calculation`` is ``when_required``, for stores that know no newer one).
-"""
-
-import base64
-import hashlib
 import io
-import re
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import botocore.exceptions
@@ -18,47 +10,13 @@ from awscrt import checksums
 
 from job import errors, log
 from job.storage import checksum, patience, s3_errors
+from job.storage.s3_target import MD5, Target, md5
 from job.storage.store import Check
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-Request = Callable[["S3Client"], Any]
-Ask = Callable[[str, Request], Any]  # what is being done, and the request
 _BLOCK = 1 << 18
-_MD5 = re.compile(r"^[0-9a-f]{32}$")
-
-
-class Target:
-    """Where an upload goes, and how requests are made there: `once`, `patiently`, or `briefly`."""
-
-    def __init__(
-        self, bucket: str, key: str, once: Ask, patiently: Ask, briefly: Ask, untold: threading.Event, *, crc: bool
-    ) -> None:
-        self.place: dict[str, Any] = {"Bucket": bucket, "Key": key}
-        self.once, self.patiently, self.briefly, self.crc = once, patiently, briefly, crc
-        self.untold = untold  # set when the store did not tell what is unfinished there
-
-    def proof(self, data: bytes) -> dict[str, Any]:
-        """The checksum of `data` as a parameter of the request that brings it there."""
-        if self.crc:
-            return {"ChecksumCRC64NVME": checksum.crc_text(checksum.crc(data))}
-        return {"ContentMD5": base64.b64encode(_md5(data).digest()).decode()}
-
-    def written(self, reply: Mapping[str, Any], data: bytes) -> None:
-        """Raise `errors.DamagedError` if the store took something else than `data`, as far as it tells.
-
-        Most stores refuse a wrong checksum; some ignore the kinds that they do not know, but their ETag is an MD5.
-        """
-        etag = str(reply["ETag"]).strip('"')
-        encrypted = str(reply.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in reply
-        if "ChecksumCRC64NVME" not in reply and _MD5.match(etag) and not encrypted:
-            mine = _md5(data).hexdigest()
-            if etag != mine:
-                raise errors.DamagedError(f"{self}: damaged on the way: MD5 was {mine}, the store has {etag}")
-
-    def __str__(self) -> str:
-        return f"s3://{self.place['Bucket']}/{self.place['Key']}"
 
 
 class Whole:
@@ -68,9 +26,7 @@ class Whole:
         self._target = target
 
     def send(self, _number: int, data: bytes, check: Check) -> None:
-        target, proof = self._target, self._target.proof(data)
-        reply = target.once("writing", lambda s3: s3.put_object(**target.place, Body=_Body(data, check), **proof))
-        target.written(reply, data)
+        self._target.once("writing", lambda s3: self._target.put(s3, _Body(data, check), data))
 
     def finish(self) -> None:
         """Nothing is left to do: the one request made it whole."""
@@ -103,6 +59,7 @@ class Parts:
         ]
         whole = {"ChecksumCRC64NVME": self._crc(), "ChecksumType": "FULL_OBJECT"} if crc else {}
         request = {**self._target.place, "UploadId": self._id, "MultipartUpload": {"Parts": parts}, **whole}
+        request |= self._target.condition
         self._target.once("putting the parts together", lambda s3: self._complete(s3, request))
 
     def abort(self) -> None:
@@ -123,8 +80,11 @@ class Parts:
         try:
             s3.complete_multipart_upload(**request)
         except botocore.exceptions.ClientError as e:
-            if s3_errors.code(e) == "NoSuchUpload" and self._is_there(s3):
+            lost = s3_errors.code(e) in (*s3_errors.LOST, *s3_errors.MISSING)
+            if (lost or s3_errors.code(e) == "NoSuchUpload") and self._is_there(s3):
                 return  # an earlier try of ours did it, and its reply was lost
+            if lost:
+                raise self._target.lost() from e
             if s3_errors.code(e) in ("BadDigest", "InvalidPart", "NoSuchUpload"):
                 raise errors.ChangedError(
                     f"{self._target}: the parts there are not those that were sent ({s3_errors.code(e)}): "
@@ -150,9 +110,9 @@ class Parts:
     def _etag(self) -> str:
         """MD5 of the parts' MD5s, which most stores give to what was put together."""
         etags = [etag.strip('"') for _, (etag, _, _) in sorted(self._sent.items())]
-        if not all(_MD5.match(etag) for etag in etags):
+        if not all(MD5.match(etag) for etag in etags):
             return ""
-        return f"{_md5(b''.join(map(bytes.fromhex, etags))).hexdigest()}-{len(etags)}"
+        return f"{md5(b''.join(map(bytes.fromhex, etags))).hexdigest()}-{len(etags)}"
 
     def _begin(self) -> str:
         kind: dict[str, Any] = (
@@ -250,8 +210,4 @@ def _same(there: Mapping[str, Any], data: bytes, proof: Mapping[str, str]) -> bo
     crc = there.get("ChecksumCRC64NVME")
     if crc and "ChecksumCRC64NVME" in proof:
         return bool(crc == proof["ChecksumCRC64NVME"])
-    return bool(there["ETag"].strip('"') == _md5(data).hexdigest())
-
-
-def _md5(data: bytes) -> "hashlib._Hash":
-    return hashlib.md5(data, usedforsecurity=False)
+    return bool(there["ETag"].strip('"') == md5(data).hexdigest())

@@ -11,6 +11,7 @@ from job.storage.checksum import Expected
 
 Check = Callable[[], None]  # called often during a transfer; raises to stop it
 Block = bytes | memoryview
+ANY = "*"  # in place of a version: whatever is there
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,12 @@ class Store(Source, Protocol):
     def part_size(self, size: int) -> int:
         """Bytes of each part of a file of `size` bytes but the last."""
 
-    def upload(self, key: str, size: int) -> Upload:
-        """Begin, or go on with, the upload of a file of `size` bytes to `key`."""
+    def upload(self, key: str, size: int, over: str | None) -> Upload:
+        """Begin, or go on with, the upload of a file of `size` bytes to `key`.
+
+        It becomes the file only if the version there is `over` (`Entry.version`; None if there must be none), and else
+        ends with `errors.ConflictError`.
+        """
 
     def sweep(self, prefix: str) -> None:
         """Give up every unfinished upload to keys that start with `prefix`."""

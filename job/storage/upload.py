@@ -32,13 +32,24 @@ def push(store: Store, directory: Path, prefix: str, confirm: Callable[[], None]
     confirm()
     if manifest.NAME in there:
         store.delete(prefix + manifest.NAME)  # from here on the old content is no longer whole, nor a part of it
-    sent = _send(store, prefix, {name: path for name, path in paths.items() if name not in same}, confirm)
-    whole = Manifest({**same, **sent})
-    confirm()
-    _clear(store, prefix, whole)
-    confirm()
-    store.create(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
+    try:
+        whole = Manifest({**same, **_send(store, prefix, _changed(paths, there, same), confirm)})
+        _clear(store, prefix, whole, confirm)
+        confirm()
+        store.create(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
+    except (errors.ConflictError, errors.ChangedError):
+        confirm()  # who lost because the place is another's now, hears that instead
+        raise
     return whole
+
+
+def _changed(
+    paths: Mapping[str, Path], there: Mapping[str, Entry], same: Mapping[str, File]
+) -> dict[str, tuple[Path, str | None]]:
+    """What is to be sent, with the version that it may replace: a file that somebody else wrote since then stays."""
+    return {
+        name: (path, there[name].version if name in there else None) for name, path in paths.items() if name not in same
+    }
 
 
 def _same(
@@ -62,8 +73,10 @@ def _same(
     return found
 
 
-def _send(store: Store, prefix: str, paths: Mapping[str, Path], confirm: Callable[[], None]) -> dict[str, File]:
-    files = {name: Outgoing(store, path, prefix + name) for name, path in paths.items()}
+def _send(
+    store: Store, prefix: str, changed: Mapping[str, tuple[Path, str | None]], confirm: Callable[[], None]
+) -> dict[str, File]:
+    files = {name: Outgoing(store, path, prefix + name, over) for name, (path, over) in changed.items()}
     largest_first = sorted(files.values(), key=lambda file: -file.size)
     with (
         _concluded(store, prefix, largest_first, confirm),
@@ -99,9 +112,11 @@ def _granted(confirm: Callable[[], None]) -> bool:
     return True
 
 
-def _clear(store: Store, prefix: str, whole: Manifest) -> None:
+def _clear(store: Store, prefix: str, whole: Manifest, confirm: Callable[[], None]) -> None:
     """Remove what does not belong there, and make sure that what does is there."""
-    for entry in store.list(prefix):
+    there = store.list(prefix)
+    confirm()  # after looking: what an owner after us puts there is not listed
+    for entry in there:
         if entry.key.removeprefix(prefix) not in {*whole.files, manifest.NAME}:
             store.delete(entry.key)
     store.sweep(prefix)

@@ -43,7 +43,7 @@ def train(task: Task, notice: Notice) -> None:
     progress = Progress(made / "report")
     saving = checkpoint.Background(checkpoints)
     trainer = _trainer(task, saving, resumed, notice, progress)
-    _run(trainer, saving, resumed, notice, task.config.checkpoint.grace_seconds, progress)
+    _run(trainer, saving, resumed, notice, task, progress)
     log.phase("publish")
     best = trainer.state.best_global_step if task.config.train.keep_best else None
     checkpoints.forget(trainer.state.global_step, best)  # what a kill in the last retention left
@@ -76,7 +76,7 @@ def _trainer(
         eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
         callbacks=[
             Exact(settings.run.seed),
-            Cadence(notice, saving, settings.checkpoint, task.start.between, keep_best=keep_best),
+            Cadence(notice, saving, task, keep_best=keep_best),
             progress,
         ],
     )
@@ -141,7 +141,7 @@ def _state(found: checkpoint.Found) -> transformers.TrainerState:
 
 
 def _run(
-    trainer: Trainer, saving: checkpoint.Background, resumed: checkpoint.Found | None, notice: Notice, grace: float,
+    trainer: Trainer, saving: checkpoint.Background, resumed: checkpoint.Found | None, notice: Notice, task: Task,
     progress: Progress,
 ) -> None:  # fmt: skip
     if resumed and (state := _state(resumed)).global_step >= state.max_steps:
@@ -159,7 +159,7 @@ def _run(
         with notice.deferred():
             trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
             log.phase("upload", step=trainer.state.global_step)
-            saving.finish(lambda: _left(notice, grace))
+            saving.finish(lambda: _left(notice, task))
     except torch.OutOfMemoryError as e:
         raise errors.PermanentError(
             f"the GPU's memory is too small: {e}. Lower train.micro_batch_size (the result stays the same) "
@@ -173,9 +173,9 @@ def _run(
     )
 
 
-def _left(notice: Notice, grace: float) -> float:
+def _left(notice: Notice, task: Task) -> float:
     """Seconds until the cluster kills us, as far as we know."""
-    return grace - (time.monotonic() - notice.since) if notice.reason else math.inf
+    return task.grace - (time.monotonic() - notice.since) if notice.reason else math.inf
 
 
 def _write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, best: int | None, made: Path) -> None:

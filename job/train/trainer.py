@@ -14,7 +14,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from job import checkpoint, config, log
+from job import checkpoint, log
+from job.inputs import Task
 from job.model.tokenizer import IGNORED
 from job.preemption import Notice
 
@@ -140,17 +141,10 @@ class Exact(TrainerCallback):
 
 
 class Cadence(TrainerCallback):
-    """When to save besides every n steps, and when to stop because the cluster asks for it.
+    """When to save besides every n steps, and when to stop because the cluster asks for it."""
 
-    `between` is the mean time between two preemptions of this run, in seconds.
-    """
-
-    def __init__(
-        self, notice: Notice, saving: checkpoint.Background, settings: config.Checkpoint, between: float, *,
-        keep_best: bool,
-    ) -> None:  # fmt: skip
-        self._notice, self._saving, self._settings, self._between = notice, saving, settings, between
-        self._keep_best = keep_best
+    def __init__(self, notice: Notice, saving: checkpoint.Background, task: Task, *, keep_best: bool) -> None:
+        self._notice, self._saving, self._task, self._keep_best = notice, saving, task, keep_best
         self._saved, self._hurried = time.monotonic(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -175,21 +169,21 @@ class Cadence(TrainerCallback):
 
     def _interval(self) -> float:
         """Seconds between checkpoints."""
-        minutes = self._settings.every_minutes
+        minutes = self._task.config.checkpoint.every_minutes
         if minutes != "auto":
             return math.inf if minutes is None else minutes * 60
         saving = self._saving
-        return checkpoint.interval(saving.stall or _STALL_AT_FIRST, saving.upload, self._between)
+        return checkpoint.interval(saving.stall or _STALL_AT_FIRST, saving.upload, self._task.start.between)
 
     def _in_time(self) -> bool:
         """Whether one more checkpoint will be safe before the cluster kills us."""
-        left = self._settings.grace_seconds - (time.monotonic() - self._notice.since)
+        left = self._task.grace - (time.monotonic() - self._notice.since)
         needed = self._saving.expected()
         if needed > left:
             log.warn(
                 "preemption.short",
-                f"a checkpoint needs {needed:.1f} s here, and {left:.1f} s are left of checkpoint.grace_seconds "
-                f"{self._settings.grace_seconds:.0f}: the last sealed one is what counts",
+                f"a checkpoint needs {needed:.1f} s here, and {left:.1f} s are left of the {self._task.grace:.0f} "
+                "that the cluster or checkpoint.grace_seconds gives: the last sealed one is what counts",
                 needed=needed,
                 left=left,
             )
