@@ -244,7 +244,7 @@ def _say_done(how: str, config: "Config", record: Mapping[str, Any]) -> None:
     places = ", ".join(f"{config.run.url}/{place}" for place in record["artefacts"])
     log.event(
         "run.done",
-        f"{how}: {report.losses(record['training'])}; results in {places}",
+        f"{how}: {report.summary(record)}; results in {places}",
         status=errors.DONE,
         artefacts=record["artefacts"],
     )

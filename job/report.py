@@ -1,5 +1,6 @@
 """The run in one page of Markdown, for the person who asked for it."""
 
+import datetime as dt
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,16 @@ def write(config: Config, facts: Mapping[str, Any], spent: goodput.Spent, direct
     path = directory / NAME
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return directory
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """What ``done.json`` tells, in a phrase: the losses, and where the time went."""
+    time = record["time"]
+    took = dt.timedelta(seconds=round(sum(time["seconds"].values())))
+    return (
+        f"{losses(record['training'])}; {time['attempts']} attempt(s), {time['goodput']:.0%} of {took} in training "
+        "steps that count"
+    )
 
 
 def losses(facts: Mapping[str, Any]) -> str:

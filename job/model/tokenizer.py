@@ -1,11 +1,12 @@
 """The tokenizer of a base model, with the template by which conversations become text."""
 
 from pathlib import Path
-from typing import cast
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, cast
 
 from job import errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token without loss, by PyTorch's convention
 
@@ -20,12 +21,14 @@ _TURNS = """\
 {%- if add_generation_prompt -%}{{ '### ANSWER\\n' }}{%- endif -%}"""
 
 
-def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load the tokenizer in the folder `base` and give it the chat template that `data.template` asks for.
 
     An instruction template is a chat template like any other: saved with the model, and used to talk to it.
     Raises `errors.ModelError` if it cannot be loaded or lacks what training needs.
     """
+    from transformers import AutoTokenizer  # late: a start that finds its data prepared needs none
+
     try:
         loaded = cast(
             "PreTrainedTokenizerBase",
@@ -45,7 +48,7 @@ def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False)
     return loaded
 
 
-def input_heading(tokenizer: PreTrainedTokenizerBase) -> str:
+def input_heading(tokenizer: "PreTrainedTokenizerBase") -> str:
     """What stands between an instruction and its input with this tokenizer's template."""
     for name, (_, extra, _) in _HEADINGS.items():
         if tokenizer.chat_template == _instruction(tokenizer, name):
@@ -53,7 +56,7 @@ def input_heading(tokenizer: PreTrainedTokenizerBase) -> str:
     return "\n\n"
 
 
-def _choose(tokenizer: PreTrainedTokenizerBase, template: str, base: Path) -> None:
+def _choose(tokenizer: "PreTrainedTokenizerBase", template: str, base: Path) -> None:
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "instruction-en"
     if template != "chat":
@@ -65,7 +68,7 @@ def _choose(tokenizer: PreTrainedTokenizerBase, template: str, base: Path) -> No
         )
 
 
-def _instruction(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+def _instruction(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
     question, _, answer = _HEADINGS[name]
     adds_bos = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return ("{{- bos_token -}}" if adds_bos else "") + _TURNS.replace("QUESTION", question).replace("ANSWER", answer)
