@@ -249,7 +249,7 @@ def test_a_kill_of_the_training_alone_costs_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [moment for moment in MOMENTS if moment != "just after done"])
 def test_a_machine_that_was_paused_writes_nothing_when_it_wakes_up(
     moment: str, in_s3: Path, s3: S3, bucket: str, job: Job, tmp_path: Path
 ) -> None:
@@ -265,7 +265,7 @@ def test_a_machine_that_was_paused_writes_nothing_when_it_wakes_up(
     os.killpg(stopped.job, signal.SIGCONT)
     stopped.go_on()
 
-    assert stopped.ended() == (0 if moment == "just after done" else 75), stopped.said
+    assert stopped.ended() == 75, stopped.said
     assert written(s3, bucket) == before
     assert not debris(download(s3, bucket, tmp_path / "downloaded"), attempts=2, keep=2)
 
