@@ -34,7 +34,7 @@ def story(
 
     `worker` is the command that trains; what is added to `after` is done at the very end, however it ends.
     """
-    from job import attempts, claim, inputs, launch, lease, paths, publish, pull, storage
+    from job import attempts, claim, inputs, launch, lease, paths, publish, pull, report, storage
 
     launch.check(config)
     store, cache = storage.connect(config.run.url), _cache(config, environ)
@@ -44,7 +44,7 @@ def story(
     pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
     owner, attempt = lease.take(store, config.run.lease_seconds, after)
     preemption.watch(preemption.Endpoints.of(environ), notice)
-    began = claim.claim(store, config, attempt if restart else None, owner.confirm)
+    began = claim.claim(store, config, attempt, owner.confirm, restart=restart)
     if _over(store, cache, config, began, notice):  # by the start that owned it until now
         return
     log_file = log.to_file(cache.log(), anew=True)
@@ -65,7 +65,7 @@ def story(
         log.phase("publish")
         publish.directory(store, made / "report", paths.REPORT, owner.confirm)
         publish.directory(store, made / "adapter", paths.ADAPTER, owner.confirm)
-    adapter = pull.artefact(store, paths.ADAPTER, cache)
+    adapter = pull.artefact(store, paths.ADAPTER, cache, owner.confirm)
     if config.merge.enabled and not publish.merged(store, began):
         log.phase("merge")
         from job import merge
@@ -74,15 +74,14 @@ def story(
         log.phase("publish")
         publish.directory(store, merged, paths.MERGED, owner.confirm)
     log.phase("publish")
-    from job import report
-
     spent = attempts.spent(store, log_file, attempt, began)
     facts = json.loads((adapter / paths.TRAINING).read_text(encoding="utf-8"))
-    written = report.write(config, facts, spent, pull.artefact(store, paths.REPORT, cache), store.url)
+    figures = pull.artefact(store, paths.REPORT, cache, owner.confirm)
+    written = report.write(config, facts, spent, figures, store.url)
     publish.directory(store, written, paths.REPORT, owner.confirm)
     record = publish.done(store, config, facts, spent, attempt, owner.confirm)
     notice.conclude()
-    shutil.rmtree(cache.work(""))
+    shutil.rmtree(cache.work(""), ignore_errors=True)
     _say_done("done", config, record)
 
 

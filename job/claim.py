@@ -30,25 +30,28 @@ def agree(store: Store, ours: Config) -> int:
     return config.began(there.data)
 
 
-def claim(store: Store, ours: Config, restart: int | None, confirm: Callable[[], None]) -> int:
-    """Keep the config under the run URL; only the owner of the run may (see `lease`).
+def claim(store: Store, ours: Config, number: int, confirm: Callable[[], None], *, restart: bool) -> int:
+    """Keep the config under the run URL for attempt `number`, which owns the run (see `lease`).
 
-    With `restart`, the number of this attempt, the run begins anew, also with another config: what was published stays
-    until it is replaced, and nothing else of it is used. Returns the attempt that the run began with.
+    With `restart` the run begins anew, also with another config: what was published stays until it is replaced, and
+    nothing else of it is used. Returns the attempt that the run began with.
 
-    Raises what `agree` does.
+    It is written anew by each owner, so that a late write of the one before finds another version, and loses. Raises
+    what `agree` does.
     """
-    if restart is None:
+    if not restart:
         agree(store, ours)  # once more: another start may have been at work since
     there = store.read(paths.CONFIG)
     confirm()
-    began = restart or (config.began(there.data) if there else 0)
+    began = number if restart else config.began(there.data) if there else 0
+    kept = config.claimed(ours, began, number)
     if there is None:
-        store.create(paths.CONFIG, config.claimed(ours, began))
-    elif config.differences(ours, there.data) or restart:
-        store.replace(paths.CONFIG, config.claimed(ours, began), there.version)
+        store.create(paths.CONFIG, kept)
+        return began
+    if config.differences(ours, there.data) or restart:
         why = "the run begins anew" if restart else "nothing had been made with the old one"
-        log.warn("config.replaced", f"the config under {store.url} was replaced: {why}")
+        log.warn("config.replaced", f"the config under {store.url} is replaced: {why}")
+    store.replace(paths.CONFIG, kept, there.version)
     return began
 
 

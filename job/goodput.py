@@ -6,8 +6,9 @@ do again (after Google's "ML Productivity Goodput", which calls it the runtime g
 """
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,17 +61,18 @@ class Spent:
         }
 
 
-def account(lines: Iterable[Mapping[str, Any]]) -> Account:
+def account(lines: Sequence[Mapping[str, Any]]) -> Account:
     """What the log of one attempt tells.
 
     The first step of each start also warms up (kernels are compiled and chosen, memory is taken): what it takes longer
     than the others is in ``compile``.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
-    phase, since, resumed, reached = "start", 0.0, None, 0
+    phase, resumed, reached = "start", None, 0
+    since = next((float(line["started"]) for line in lines if "started" in line), math.inf)
     for line in lines:
         now = float(line["time"])
-        seconds[phase] += max(0.0, now - (since or float(line.get("started", now))))
+        seconds[phase] += max(0.0, now - since)
         since = now
         if line["event"] == "phase":
             phase = str(line["phase"])
@@ -91,8 +93,9 @@ def spent(accounts: Sequence[Account]) -> Spent:
     for place, attempt in enumerate(accounts):
         for phase, value in attempt.seconds.items():
             seconds[phase] += value
-        on = next((later.resumed for later in accounts[place + 1 :] if later.resumed is not None), None)
-        again = max(0, attempt.reached - on) if on is not None and attempt.resumed is not None else 0
+        later = [other.resumed for other in accounts[place + 1 :] if other.resumed is not None]
+        done = attempt.resumed is not None and bool(later)
+        again = max(0, attempt.reached - max(min(later), attempt.resumed or 0)) if done else 0
         waste = min(again * attempt.pace, attempt.seconds.get("train", 0.0))
         seconds["train"] -= waste
         seconds["lost"] += waste

@@ -109,7 +109,11 @@ class Lease:
         while True:
             there = self._store.read(paths.LEASE)
             content = _parsed(there)
-            if there is None or content.get("token") != self.token:
+            if there is None:
+                raise errors.FencedError(
+                    f"{self._store.url}/{paths.LEASE} was removed: nobody can tell whose the run is; start again"
+                )
+            if content.get("token") != self.token:
                 raise errors.FencedError(
                     f"{self._store.url} belongs to another start now ({_described(content)}): this one was taken for "
                     "dead and writes nothing more"

@@ -47,7 +47,8 @@ def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Pat
     _repair_sampling(network)
     network.save_pretrained(partial, max_shard_size=config.merge.max_shard_size)
     tokenizer.load(adapter, "chat", trust_remote_code=config.model.trust_remote_code).save_pretrained(partial)
-    shutil.copyfile(adapter / paths.TRAINING, partial / paths.TRAINING)
+    told = {**facts, "adapter": manifest.of(adapter).digest}
+    (partial / paths.TRAINING).write_text(json.dumps(told, indent=1), encoding="utf-8")
     whole = manifest.seal(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)

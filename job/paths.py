@@ -1,8 +1,10 @@
 """Every name that the job uses, in the store and on the local disk."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 CONFIG = "config.json"
 DONE = "done.json"
@@ -13,6 +15,7 @@ REPORT = "report/"
 CHECKPOINTS = "checkpoints/"
 ATTEMPTS = "attempts/"
 PROBE = ".probe/"
+_CHECKPOINT = re.compile(rf"^{CHECKPOINTS}(\d+)-(\d+)/")
 TRAINING = "training.json"  # beside the adapter: what it was trained on, and how it went
 
 
@@ -26,10 +29,18 @@ def checkpoint(step: int, number: int) -> str:
     return f"{CHECKPOINTS}{step:08d}-{number}/"
 
 
-def step(key: str) -> tuple[int, int]:
-    """The step, and the attempt, of the checkpoint that a file with this key belongs to."""
-    step, _, attempt = key.removeprefix(CHECKPOINTS).partition("/")[0].partition("-")
-    return int(step), int(attempt)
+class Place(NamedTuple):
+    """A checkpoint by its name in the store."""
+
+    step: int
+    attempt: int
+    name: str
+
+
+def parsed(key: str) -> Place | None:
+    """The checkpoint that a file with this key belongs to; None if somebody else put it there."""
+    found = _CHECKPOINT.match(key)
+    return Place(int(found[1]), int(found[2]), found[0]) if found else None
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,16 @@ def done(
     confirm: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Write ``done.json``: what came in, what went out, and how it went. Returns its content."""
+    artefacts = {place: _digest(store, place) for place in _places(settings)}
+    if lost := [place for place, digest in artefacts.items() if digest is None]:
+        raise errors.StoreError(f"{store.url}: {', '.join(lost)} is not whole any more: start again to make it anew")
     confirm()
     old = store.read(paths.DONE)
     record = {
         "run": settings.run.name,
         "inputs": facts["inputs"],
         "training": {k: v for k, v in facts.items() if k != "inputs"},
-        "artefacts": {place: _digest(store, place) for place in _places(settings)},
+        "artefacts": artefacts,
         "versions": {package: importlib.metadata.version(package) for package in _VERSIONS},
         "attempt": number,
         "time": spent.to_json(),
@@ -67,20 +70,21 @@ def done(
 
 def trained(store: Store, began: int) -> bool:
     """Whether what training makes is in the store, made since attempt `began`."""
-    return bool(storage.sealed(store, paths.REPORT)) and _made(store, paths.ADAPTER, began)
+    made = _made(store, paths.ADAPTER)
+    return bool(storage.sealed(store, paths.REPORT)) and made is not None and _began(made) == began
 
 
 def merged(store: Store, began: int) -> bool:
-    """Whether the merged model is in the store, made since attempt `began`."""
-    return _made(store, paths.MERGED, began)
+    """Whether the merged model is in the store, made since attempt `began` and of the adapter there."""
+    made = _made(store, paths.MERGED)
+    return made is not None and _began(made) == began and made.get("adapter") == _digest(store, paths.ADAPTER)
 
 
 def progress(store: Store, began: int) -> tuple[int, int, int]:
     """How far the run is: the attempt that began it, the directories published since, and its newest checkpoint."""
-    found = (
-        paths.step(entry.key) for entry in store.list(paths.CHECKPOINTS) if entry.key.endswith(f"/{manifest.NAME}")
-    )
-    sealed = [step for step, attempt in found if attempt >= began]
+    keys = (entry.key for entry in store.list(paths.CHECKPOINTS))
+    found = (paths.parsed(key) for key in keys if key.endswith(f"/{manifest.NAME}"))
+    sealed = [at.step for at in found if at and at.attempt >= began]
     published = trained(store, began) + merged(store, began)
     return began, published, 0 if published else max(sealed, default=0)
 
@@ -103,7 +107,7 @@ def finished(store: Store, settings: Config, began: int) -> dict[str, Any] | Non
         return None  # it is of the run before a restart
     if made_with != config.digest(settings):
         raise errors.ConfigError(f"{store.url}/{paths.DONE} is of a run with another config: use another run.url")
-    changed = [place for place in _places(settings) if named.get(place) != _digest(store, place)]
+    changed = [place for place in _places(settings) if named.get(place) != (_digest(store, place) or "nothing")]
     if changed:
         log.warn(
             "publish.changed",
@@ -114,11 +118,17 @@ def finished(store: Store, settings: Config, began: int) -> dict[str, Any] | Non
     return record
 
 
-def _made(store: Store, place: str, began: int) -> bool:
+def _made(store: Store, place: str) -> dict[str, Any] | None:
+    """What is kept of how the directory at `place` was made; None if it is not there, or not whole."""
     told = store.read(place + paths.TRAINING)
     if told is None or storage.sealed(store, place) is None:
-        return False
-    return int(json.loads(told.data)["inputs"].get("began", 0)) == began
+        return None
+    made: dict[str, Any] = json.loads(told.data)
+    return made
+
+
+def _began(made: Mapping[str, Any]) -> int:
+    return int(made["inputs"].get("began", 0))
 
 
 def _places(settings: Config) -> list[str]:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +93,21 @@ def data(urls: Iterable[str], cache: paths.Cache) -> list[DataFile]:
     return files
 
 
-def artefact(store: storage.Store, place: str, cache: paths.Cache) -> Path:
-    """Bring a sealed directory of the run here, verified; raises `errors.StoreError` if it is not whole."""
+def artefact(store: storage.Store, place: str, cache: paths.Cache, confirm: Callable[[], None]) -> Path:
+    """Bring a sealed directory of the run here, verified; raises `errors.StoreError` if it is not whole.
+
+    One that is damaged where it lies loses its seal, so that the next start makes it anew.
+    """
     target = cache.work(place.rstrip("/"))
-    if storage.fetch(store, place, target) is None:
+    try:
+        whole = storage.fetch(store, place, target)
+    except errors.CorruptError as e:
+        confirm()
+        store.delete(place + manifest.NAME)
+        raise errors.StoreError(
+            f"{store.url}/{place} is damaged where it lies: {e}. Start again to make it anew"
+        ) from e
+    if whole is None:
         raise errors.StoreError(f"{store.url}/{place} is not whole although it was a moment ago; start again")
     return target
 

@@ -30,7 +30,9 @@ def write(config: Config, facts: Mapping[str, Any], spent: goodput.Spent, direct
 
 def summary(record: Mapping[str, Any]) -> str:
     """What ``done.json`` tells, in a phrase: the losses, and where the time went."""
-    time = record["time"]
+    time = record.get("time")
+    if time is None:  # of a run that an older version finished
+        return losses(record["training"])
     took = dt.timedelta(seconds=round(sum(time["seconds"].values())))
     return (
         f"{losses(record['training'])}; {time['attempts']} attempt(s), {time['goodput']:.0%} of {took} in training "

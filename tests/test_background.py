@@ -66,11 +66,15 @@ def test_the_best_one_always_arrives(slow: Slow, background: Background) -> None
     assert slow.saved == [(1, None), (2, 2), (4, 2)]
 
 
+@pytest.mark.parametrize("failure", [errors.StoreError, errors.ConflictError, errors.ChangedError])
 def test_a_store_that_fails_for_a_while_does_not_stop_training(
-    slow: Slow, background: Background, said: Callable[[], str]
+    failure: type[errors.JobError], slow: Slow, background: Background, said: Callable[[], str]
 ) -> None:
-    """It is said loudly, and what is the newest or the best is tried again."""
-    slow.failures = [errors.StoreError("the store is away") for _ in range(3)]
+    """It is said loudly, and what is the newest or the best is tried again; also where a late try of ours came between.
+
+    Who lost the run hears that instead, as an error of its own.
+    """
+    slow.failures = [failure("the store is away") for _ in range(3)]
     background.submit(state(1), 1)
     for _ in range(2):
         assert slow.begun.acquire(timeout=10)

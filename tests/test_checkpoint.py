@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
 from conftest import files
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from job import checkpoint, errors, storage
@@ -132,6 +133,53 @@ def test_retention_keeps_the_newest_and_the_best(
 
     assert names(store) == {"00000020-2", "00000030-2", "00000040-2"}
     assert checkpoints(3).at(20).step == 20
+
+
+def test_a_best_checkpoint_that_is_lost_ends_the_run(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store
+) -> None:
+    """Nothing could take its place but another result, and every start would find the same; what helps is said."""
+    for number in (10, 20):
+        checkpoints(1).save(state(number), best_step=10)
+    store.put("checkpoints/00000010-1/state.json", b"{}")
+
+    with pytest.raises(errors.PermanentError, match=r"step 10, which had the best .* train anew with `--restart`"):
+        checkpoints(2).at(10)
+    with pytest.raises(errors.PermanentError):
+        checkpoints(3).at(15)
+
+
+def test_what_others_put_beside_the_checkpoints_stays(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store
+) -> None:
+    """It is neither gone on with nor removed."""
+    store.put("checkpoints/best/manifest.json", b"{}")
+    for number in (10, 20, 30):
+        checkpoints(1).save(state(number), None)
+
+    found = checkpoints(2).latest()
+
+    assert found
+    assert found.step == 30
+    assert names(store) == {"best", "00000020-1", "00000030-1"}
+
+
+def test_a_checkpoint_is_what_it_was_when_it_was_taken(checkpoints: Callable[..., checkpoint.Checkpoints]) -> None:
+    """Training goes on while it waits to be written, and changes weights, states and the sums of the log in place."""
+    made, sums = loop(torch.optim.AdamW), {"metrics": {"accuracy": [0.5]}}
+    step(made, 1)
+    taken = checkpoint.capture(1, made, "{}", sums)
+    weights = {name: tensor.clone() for name, tensor in taken.adapter.items()}
+
+    step(made, 2)
+    sums["metrics"]["accuracy"].append(0.75)
+    checkpoints().save(taken, None)
+
+    found = checkpoints(2).latest()
+    assert found
+    assert checkpoint.unlogged(found.path) == {"metrics": {"accuracy": [0.5]}}
+    kept = load_file(found.path / "adapter.safetensors")
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
 
 
 def test_a_checkpoint_of_other_inputs_is_refused(checkpoints: Callable[..., checkpoint.Checkpoints]) -> None:

@@ -75,6 +75,24 @@ def test_a_store_that_ignores_conditions_is_refused() -> None:
     assert store.list() == []
 
 
+def test_a_probe_that_another_start_removed_says_nothing_of_the_store(tmp_path: Path) -> None:
+    """The end of a run sweeps all probes, also one that is being made; a second one is believed."""
+
+    class Swept(storage.Folder):
+        left = 1
+
+        def create(self, key: str, data: bytes) -> None:
+            super().create(key, data)
+            if self.left:
+                self.left -= 1
+                self.delete(key)
+
+    store = Swept(tmp_path / "run")
+
+    assert storage.checked(store, ".probe/", required=True) is store
+    assert store.list() == []
+
+
 @pytest.mark.usefixtures("careless")
 def test_a_user_who_sees_to_it_may_use_such_a_store(said: Callable[[], str]) -> None:
     """Loudly; the store then at least looks before it writes."""

@@ -149,7 +149,7 @@ def test_a_section_of_comments_is_an_empty_one(write: Callable[[str], Path]) -> 
 def test_a_key_that_came_with_a_later_version_is_no_difference(write: Callable[[str], Path]) -> None:
     """A run that was begun before the key existed goes on if the key has its default now."""
     read = config.read(write(SMALL))
-    older = json.loads(config.claimed(read))
+    older = json.loads(config.claimed(read, 0, 1))
     del older["lora"]["dora"]
 
     assert config.differences(read, json.dumps(older).encode()) == []
@@ -186,9 +186,9 @@ def test_only_keys_that_change_the_result_make_another_run(write: Callable[[str]
     other = config.read(write(SMALL), ["train.learning_rate=1e-4"])
 
     assert config.digest(same) == config.digest(one)
-    assert config.differences(same, config.claimed(one)) == []
+    assert config.differences(same, config.claimed(one, 0, 1)) == []
     assert config.digest(other) != config.digest(one)
-    assert config.differences(other, config.claimed(one)) == ["train.learning_rate: 0.0002 there, 0.0001 here"]
+    assert config.differences(other, config.claimed(one, 0, 1)) == ["train.learning_rate: 0.0002 there, 0.0001 here"]
 
 
 def test_the_config_is_frozen(write: Callable[[str], Path]) -> None:
@@ -206,7 +206,7 @@ def test_a_kept_config_can_be_used_again(write: Callable[[str], Path], tmp_path:
     """What lies under a run URL is a config, also with the note of the attempt that began the run."""
     ours = config.read(write(SMALL))
     kept = tmp_path / "config.json"
-    kept.write_bytes(config.claimed(ours, 7))
+    kept.write_bytes(config.claimed(ours, 7, 8))
 
     assert config.read(kept) == ours
     assert config.began(kept.read_bytes()) == 7

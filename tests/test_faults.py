@@ -327,6 +327,50 @@ def test_anothers_success_is_not_ours(data: bytes, proxy: Proxy, s3_server: S3, 
         store.create("lease.json", b"mine")
 
 
+def test_a_conditional_write_that_arrives_damaged_is_repaired(proxy: Proxy, s3_server: S3, bucket: str) -> None:
+    """By a store that checks nothing itself: the second try finds its own damaged first one, and replaces it."""
+    wanted, damaged = b"hello world", b"iello world"
+
+    def careless(request: Request, forward: Forward) -> None:
+        forward(request)
+        mark = {"written-by": request.header("x-amz-meta-written-by")}
+        reply = s3_server.client().put_object(Bucket=bucket, Key="run/report/file", Body=damaged, Metadata=mark)
+        kept = {name: value for name, value in request.answer.items() if "checksum" not in name.lower()}
+        request.answer = {**kept, "ETag": reply["ETag"]}
+
+    left = iter([careless])
+    proxy.chosen = lambda request, _: next(left, None) if request.method == "PUT" else None
+
+    storage.connect(f"s3://{bucket}/run").create("report/file", wanted)
+
+    assert s3_server.client().get_object(Bucket=bucket, Key="run/report/file")["Body"].read() == wanted
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_store_without_conditions_on_multipart_uploads_is_looked_at_instead(
+    *, faster: bool, proxy: Proxy, s3_server: S3, bucket: str, tmp_path: Path
+) -> None:
+    """It answers 501 to the last request; the upload ends well, unless somebody else was faster."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "large").write_bytes(random.Random(0).randbytes(12 << 20))
+
+    def unable(request: Request, forward: Forward) -> None:
+        if faster:
+            s3_server.client().put_object(Bucket=bucket, Key="run/merged/large", Body=b"newer")
+        faults.says(501, "NotImplemented")(request, forward)
+
+    proxy.chosen = lambda request, _: unable if request.method == "POST" and request.header("If-None-Match") else None
+    store = storage.connect(f"s3://{bucket}/run")
+
+    if faster:
+        with pytest.raises(errors.ConflictError, match="merged/large exists already"):
+            storage.push(store, tmp_path / "made", "merged/")
+        assert s3_server.client().get_object(Bucket=bucket, Key="run/merged/large")["Body"].read() == b"newer"
+    else:
+        storage.push(store, tmp_path / "made", "merged/")
+        assert storage.fetch(store, "merged/", tmp_path / "back") == manifest.of(tmp_path / "made")
+
+
 def test_an_upload_whose_last_reply_was_lost_is_whole(
     proxy: Proxy, s3_server: S3, bucket: str, directory: Path
 ) -> None:

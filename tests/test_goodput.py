@@ -58,6 +58,31 @@ def test_steps_that_the_next_attempt_does_again_are_lost() -> None:
     assert told.to_json()["attempts"] == 3
 
 
+def test_steps_that_are_done_three_times_are_lost_twice() -> None:
+    """When the checkpoint that an attempt went on from is found to be damaged later."""
+    logs = [
+        [
+            BEGIN,
+            *phases((1000.0, "compile", begun), (1001.0, "train", begun + 1), (1000.0 + end - begun, "upload", end)),
+        ]
+        for begun, end in ((0, 30), (30, 40), (10, 40))
+    ]
+
+    told = goodput.spent([goodput.account(log) for log in logs])
+
+    assert told.lost_steps == 20 + 10
+    assert told.seconds["lost"] == pytest.approx(30, rel=0.1)
+
+
+def test_seconds_before_the_first_line_count() -> None:
+    """Also where something is logged before the attempt says when it began."""
+    early = {"event": "store.retry", "time": 1030.0, "message": ""}
+
+    told = goodput.account([early, {**BEGIN, "time": 1040.0}, *phases((1042.0, "pull", None))])
+
+    assert told.seconds == {"start": 42}
+
+
 def test_an_attempt_that_ended_in_its_first_step_lost_nothing_that_anybody_saw() -> None:
     """Nor does it divide by nothing."""
     told = goodput.spent([goodput.account([BEGIN, *phases((1010.0, "compile", 0)), {**END, "time": 1013.0}])])

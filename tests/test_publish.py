@@ -60,6 +60,57 @@ def test_a_run_is_done_when_everything_it_names_is_there(
     assert {"torch", "transformers", "peft", "trl", "bitsandbytes"} < set(record["versions"])
 
 
+def test_a_run_whose_artefact_was_lost_is_not_called_done(
+    store: storage.Store, settings: config.Config, facts: dict[str, object]
+) -> None:
+    """The record would name nothing in its place, and be believed for ever."""
+    store.delete("merged/manifest.json")
+
+    with pytest.raises(errors.StoreError, match="merged/ is not whole any more: start again"):
+        publish.done(store, settings, facts, SPENT, 1, lambda: None)
+
+    assert store.read(paths.DONE) is None
+
+
+def test_a_successor_that_was_faster_keeps_its_record(
+    store: storage.Store, settings: config.Config, facts: dict[str, object]
+) -> None:
+    """Who was paused before the very last write loses it."""
+    confirmed: list[int] = []
+
+    def pause() -> None:
+        confirmed.append(1)
+        if len(confirmed) == 2:
+            store.put(paths.DONE, b"of another start")
+
+    with pytest.raises(errors.ConflictError):
+        publish.done(store, settings, facts, SPENT, 1, pause)
+
+    kept = store.read(paths.DONE)
+    assert kept
+    assert kept.data == b"of another start"
+
+
+def test_a_merged_model_of_another_adapter_is_made_again(store: storage.Store, tmp_path: Path) -> None:
+    """An adapter that was damaged and trained again elsewhere may differ in its last bits."""
+    whole = storage.sealed(store, paths.ADAPTER)
+    assert whole
+    for digest, fits in ((whole.digest, True), ("another", False)):
+        told = {"inputs": {"began": "0"}, "adapter": digest}
+        (tmp_path / paths.MERGED / paths.TRAINING).write_text(json.dumps(told))
+        publish.directory(store, tmp_path / paths.MERGED, paths.MERGED, lambda: None)
+
+        assert publish.merged(store, 0) is fits
+
+
+def test_what_others_put_beside_the_checkpoints_is_not_ours(store: storage.Store) -> None:
+    """Somebody's copy of a good one is no reason to fail."""
+    store.put("checkpoints/best/manifest.json", b"{}")
+    store.put("checkpoints/00000020-1/manifest.json", b"{}")
+
+    assert publish.progress(store, 0) == (0, 0, 20)
+
+
 @pytest.mark.parametrize("damage", ["changed", "gone", "unreadable", "empty"])
 def test_a_record_that_does_not_fit_is_not_believed(
     damage: str,
@@ -99,7 +150,10 @@ def test_without_a_merge_the_merged_model_is_not_asked_for(
 ) -> None:
     """Who wants the adapter only is done with it; a merged model from before a restart would not fit it and goes."""
     settings = config.read(tiny_run(merge={"enabled": False}))
-    (tmp_path / paths.MERGED / paths.TRAINING).write_text(json.dumps({"inputs": {"began": str(made)}}))
+    adapter = storage.sealed(store, paths.ADAPTER)
+    assert adapter
+    told = {"inputs": {"began": str(made)}, "adapter": adapter.digest}
+    (tmp_path / paths.MERGED / paths.TRAINING).write_text(json.dumps(told))
     publish.directory(store, tmp_path / paths.MERGED, paths.MERGED, lambda: None)
     inputs = {"config": config.digest(settings), "began": "3"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import S3, files
 
-from job import config, errors, manifest, paths, pull
+from job import config, errors, manifest, paths, pull, storage
 
 
 @pytest.fixture
@@ -161,3 +161,23 @@ def test_a_folder_of_data_is_read_in_the_order_of_its_names(
     got = pull.data([f"{(tmp_path / 'many').as_uri()}/"], cache)
 
     assert [file.path.name for file in got] == ["a.jsonl", "b.jsonl", "c.csv"]
+
+
+def test_an_artefact_that_is_damaged_where_it_lies_is_made_again(cache: paths.Cache, tmp_path: Path) -> None:
+    """It loses its seal, so that the next start does not find the same; another owner's is not touched."""
+    store = storage.connect((tmp_path / "run").as_uri())
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "adapter_model.safetensors").write_bytes(b"weights")
+    storage.push(store, tmp_path / "made", paths.ADAPTER)
+    store.put("adapter/adapter_model.safetensors", b"weighTs")
+
+    def refuse() -> None:
+        raise errors.FencedError("it belongs to another start")
+
+    with pytest.raises(errors.FencedError):
+        pull.artefact(store, paths.ADAPTER, cache, refuse)
+    assert storage.sealed(store, paths.ADAPTER)
+    with pytest.raises(errors.StoreError, match=r"adapter/ is damaged where it lies: .* Start again to make it anew"):
+        pull.artefact(store, paths.ADAPTER, cache, lambda: None)
+
+    assert storage.sealed(store, paths.ADAPTER) is None

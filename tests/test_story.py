@@ -75,7 +75,7 @@ def test_a_run_in_s3_goes_from_nothing_to_done_and_again_in_no_time(
 
 
 LONG = {
-    "train": {"epochs": 2, "max_steps": None, "optimizer": "adamw_8bit", "eval_every": 2},
+    "train": {"epochs": 2, "max_steps": None, "optimizer": "adamw_8bit", "eval_every": 2, "log_every": 3},
     "lora": {"r": 64, "dropout": 0.05},  # so large that the optimizer's state is really in 8 bits
     "model": {"quantization": "nf4"},
 }
@@ -84,6 +84,7 @@ MOMENTS = {
     "pull": Moment("job", "job.storage.incoming", "Incoming.receive", call=3),
     "prepare": Moment("job", "job.prepare.tokens", "Renderer._row", call=20),
     "model load": Moment("worker", "job.model.weights", "_load", after=True),
+    "first evaluation": Moment("worker", "job.train.trainer", "Trainer.prediction_step", call=2),
     "evaluation": Moment("worker", "job.train.trainer", "Trainer.prediction_step", call=7),
     "between steps": Moment("worker", "job.train.trainer", "Cadence.on_step_end", call=5),
     "inside a step": Moment("worker", "job.train.trainer", "Trainer.training_step", call=12),
@@ -93,6 +94,7 @@ MOMENTS = {
     "just after the seal": Moment("worker", "job.checkpoint.kept", "Checkpoints.forget", call=2),
     "retention": Moment("worker", "job.storage.s3", "S3.delete", call=2),
     "last retention": Moment("worker", "job.checkpoint.kept", "Checkpoints.forget", call=14),
+    "last evaluation": Moment("worker", "job.train.trainer", "Trainer.prediction_step", call=58),
     "trained": Moment("worker", "job.manifest", "seal", after=True),
     "publish": Moment("job", "job.storage.outgoing", "Outgoing.send_next", call=6),
     "between two publications": Moment("job", "job.publish", "directory", argument="adapter/"),
@@ -134,7 +136,6 @@ def ends_as_undisturbed(
         run = download(s3, bucket, tmp_path / "downloaded")
         assert not differences(run, undisturbed(packing=False))
         assert not debris(run, attempts=starts + 1, keep=2)
-        assert "Uploads" not in s3.client().list_multipart_uploads(Bucket=bucket)
         assert not list((tmp_path / "cache" / "runs").glob("*/*"))
 
     return check
@@ -190,6 +191,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     assert end.returncode == 0, end.stderr
     assert not differences(tmp_path / "run", undisturbed(packing=True))
     assert not [p for p in files(tmp_path / "run") if ".part" in p]
+    assert files(tmp_path / "run" / "report" / "tensorboard") == {"events.out.tfevents.run"}
+
+
+def test_a_request_to_stop_is_heard_in_the_middle_of_an_evaluation(in_s3: Path, s3: S3, bucket: str) -> None:
+    """Which may take longer than the cluster gives: the step before it is saved, and the next start evaluates it."""
+    stopped = Stopped(MOMENTS["evaluation"], in_s3)
+
+    os.kill(stopped.job, signal.SIGTERM)
+    time.sleep(HEARD)
+    stopped.go_on()
+
+    assert stopped.ended() == 75, stopped.said
+    told = [json.loads(line) for line in attempt_log(s3, bucket, 1).decode().splitlines()]
+    assert not [line for line in told if line.get("step") == 2 and "eval_loss" in line]
+    assert [line["step"] for line in told if line["event"] == "checkpoint.saved"] == [2]
 
 
 HEARD = 0.6  # seconds in which a signal has come from the job to its training

@@ -10,6 +10,7 @@ from job.checkpoint.kept import Checkpoints
 from job.checkpoint.state import State
 
 _LOOK_SECONDS = 0.2  # how soon a waiting main thread hears a signal
+_PASSING = (errors.StoreError, errors.ConflictError, errors.ChangedError)  # a late write of our own may be in the way
 
 
 class Background:
@@ -77,7 +78,7 @@ class Background:
             with self._changed:
                 self._busy = False
                 needed = state.step == best_step or not self._waiting
-                if isinstance(failure, errors.StoreError) and not (self._closing and needed):
+                if isinstance(failure, _PASSING) and not (self._closing and needed):
                     self._waiting[:0] = [(state, best_step)] if needed else []
                     log.warn(
                         "checkpoint.failed",

@@ -1,6 +1,5 @@
 """The checkpoints of a run in the store: save one, find the newest that is whole, forget the old ones."""
 
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,8 +7,6 @@ from pathlib import Path
 
 from job import errors, log, manifest, paths, storage
 from job.checkpoint.state import State, inputs, write
-
-_NAME = re.compile(rf"^{paths.CHECKPOINTS}(\d+)-(\d+)/")
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,10 @@ class Checkpoints:
         sealed = self._sealed()
         newest = [name for name, number in sealed if number <= step][-self._keep :]
         kept = {*newest, *(name for name, number in sealed if number == best_step or number > step)}
-        everything = {m[0]: int(m[2]) for entry in self._store.list(paths.CHECKPOINTS) if (m := _NAME.match(entry.key))}
-        for name, attempt in everything.items():
-            if name not in kept and attempt <= self._attempt:
-                storage.remove(self._store, name)
+        everything = {at for entry in self._store.list(paths.CHECKPOINTS) if (at := paths.parsed(entry.key))}
+        for at in sorted(everything):
+            if at.name not in kept and at.attempt <= self._attempt:
+                storage.remove(self._store, at.name)
 
     def latest(self) -> Found | None:
         """The newest checkpoint that verifies, pulled to the local disk; older ones stand in for damaged ones.
@@ -76,14 +73,16 @@ class Checkpoints:
         return None
 
     def at(self, step: int) -> Found:
-        """The checkpoint of `step`; raises `errors.StoreError` if it is gone."""
+        """The checkpoint of `step`; raises `errors.PermanentError` if it is gone."""
         for name, number in reversed(self._sealed()):
             found = self._fetch(name, number) if number == step else None
             if found:
                 return found
-        raise errors.StoreError(
-            f"the checkpoint of step {step}, the best one, is missing or damaged in "
-            f"{self._store.url}/{paths.CHECKPOINTS}"
+        if any(number == step for _, number in self._sealed()):
+            raise errors.StoreError(f"the checkpoint of step {step}, the best one, arrives damaged; start again")
+        raise errors.PermanentError(
+            f"the checkpoint of step {step}, which had the best eval loss, is missing or damaged in "
+            f"{self._store.url}/{paths.CHECKPOINTS}: put it back, or train anew with `--restart`"
         )
 
     def _fetch(self, name: str, step: int) -> Found | None:
@@ -117,13 +116,14 @@ class Checkpoints:
     def _quarantine(self, name: str, why: str) -> None:
         """Never believe in the checkpoint again. What is there stays until retention removes it."""
         self._confirm()
+        renamed = ""
         if there := self._store.read(name + manifest.NAME):
             self._store.put(f"{name}quarantined-{manifest.NAME}", there.data)
             self._store.delete(name + manifest.NAME)
+            renamed = f" (its manifest is now called quarantined-{manifest.NAME})"
         log.warn(
             "checkpoint.quarantined",
-            f"{self._store.url}/{name} {why}. It is skipped and quarantined (its manifest is now called "
-            f"quarantined-{manifest.NAME})",
+            f"{self._store.url}/{name} {why}. It is skipped and quarantined{renamed}",
             checkpoint=name,
         )
 
@@ -139,10 +139,6 @@ class Checkpoints:
 
     def _sealed(self) -> list[tuple[str, int]]:
         """Names and steps of all checkpoints with a manifest, oldest first."""
-        keys = [entry.key for entry in self._store.list(paths.CHECKPOINTS)]
-        names = {
-            m[0]: (int(m[1]), int(m[2]))
-            for key in keys
-            if key.endswith(f"/{manifest.NAME}") and (m := _NAME.match(key)) and int(m[2]) >= self._began
-        }
-        return [(name, step) for name, (step, _) in sorted(names.items(), key=lambda item: item[1])]
+        keys = (entry.key for entry in self._store.list(paths.CHECKPOINTS))
+        found = {at for key in keys if key.endswith(f"/{manifest.NAME}") and (at := paths.parsed(key))}
+        return [(at.name, at.step) for at in sorted(found) if at.attempt >= self._began]

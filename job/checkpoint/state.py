@@ -4,6 +4,7 @@ A checkpoint is canonical: the adapter and the optimizer's state by parameter na
 in JSON. No pickle, and nothing that depends on how many GPUs wrote it.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def capture(step: int, loop: Loop, trainer: str, unlogged: Mapping[str, Any]) ->
         "rates": [group["lr"] for group in loop.optimizer.param_groups],
         "scheduler": {what: schedule[what] for what in _SCHEDULE if what in schedule},
         "scaler": loop.scaler.state_dict() if loop.scaler else None,
-        "unlogged": dict(unlogged),
+        "unlogged": copy.deepcopy(dict(unlogged)),
     }
     adapter = {name: _on_host(parameter) for parameter, name in loop.names().items()}
     return State(step, adapter, tensors, scalars, trainer)
@@ -112,7 +113,7 @@ def capture(step: int, loop: Loop, trainer: str, unlogged: Mapping[str, Any]) ->
 
 def unlogged(directory: Path) -> dict[str, Any]:
     """What had been measured since the last line of the log when the checkpoint at `directory` was made."""
-    told: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))["unlogged"]
+    told: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8")).get("unlogged", {})
     return told
 
 

@@ -21,9 +21,13 @@ BEGAN = "began"  # the section of a kept config that says which attempt began th
 _NEUTRAL_SECTIONS = ("checkpoint", "distributed", BEGAN)
 
 
-def claimed(config: Config, began: int = 0) -> bytes:
-    """The canonical JSON that is kept under the run URL: the resolved config, and the attempt that began the run."""
-    return json.dumps(config.model_dump(mode="json") | {BEGAN: {"attempt": began}}, indent=1, sort_keys=True).encode()
+def claimed(config: Config, began: int, owner: int) -> bytes:
+    """The canonical JSON that is kept under the run URL.
+
+    That is the resolved config, the attempt that began the run, and the one that owns it now.
+    """
+    whose = {BEGAN: {"attempt": began, "owner": owner}}
+    return json.dumps(config.model_dump(mode="json") | whose, indent=1, sort_keys=True).encode()
 
 
 def began(theirs: bytes) -> int:

@@ -7,6 +7,8 @@ from job import errors, log
 from job.storage.checksum import Expected
 from job.storage.store import ANY, Blob, Block, Entry, Store, Upload
 
+_PROBES = 2  # the end of another start removes probes, which may look as if a condition was ignored
+
 
 def checked(store: Store, place: str, *, required: bool) -> Store:
     """Return `store` if it honours conditional writes, tried with an object of its own below `place`.
@@ -14,9 +16,10 @@ def checked(store: Store, place: str, *, required: bool) -> Store:
     Where it does not: raises `errors.UnsupportedError` if they are `required`, else returns a store that looks before
     it writes, which is as good as long as nobody else writes.
     """
-    lacking = _lacking(store, f"{place}{uuid.uuid4().hex}")
-    if lacking is None:
-        return store
+    for _ in range(_PROBES):
+        lacking = _lacking(store, f"{place}{uuid.uuid4().hex}")
+        if lacking is None:
+            return store
     seen = f"{store.url}: the store {lacking}, so two starts of one run could overwrite each other's work"
     if required:
         raise errors.UnsupportedError(

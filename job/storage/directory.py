@@ -1,15 +1,24 @@
 """When is a directory in a store complete? When its manifest is there and every file has its size."""
 
+import uuid
+
 from job import errors, log, manifest
 from job.manifest import Manifest
 from job.storage import patience
 from job.storage.store import Entry, Store
 
+_VOID = b'{"being replaced'
+
+
+def void() -> bytes:
+    """What stands in place of a manifest while the directory is replaced; never the same twice."""
+    return _VOID + f' by": "{uuid.uuid4().hex}"}}'.encode()
+
 
 def sealed(store: Store, prefix: str) -> Manifest | None:
     """The manifest of the directory at `prefix` if it is there and every file has its size; None otherwise."""
     blob = store.read(prefix + manifest.NAME)
-    if blob is None:
+    if blob is None or blob.data.startswith(_VOID):
         return None
     try:
         found = manifest.parse(blob.data, f"{store.url}/{prefix}{manifest.NAME}")

@@ -14,6 +14,7 @@ from job import errors
 
 MISSING = ("404", "NoSuchKey", "NotFound")
 LOST = ("412", "PreconditionFailed")
+UNABLE = ("501", "NotImplemented", "405", "MethodNotAllowed")
 _DENIED = (errors.DeniedError, "check the credentials and what they may do with this bucket")
 _EXPIRED = (errors.ExpiredError, "the credentials expired; a new start fetches new ones")
 _ELSEWHERE = (errors.PermanentError, "the bucket lives in another region; set AWS_REGION or AWS_ENDPOINT_URL")
@@ -28,7 +29,7 @@ _REFUSALS: dict[str, tuple[type[errors.JobError], str]] = {
     **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"), _DENIED),
     **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), _EXPIRED),
     **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed"), _ELSEWHERE),
-    **dict.fromkeys(("501", "NotImplemented", "405", "MethodNotAllowed", "EntityTooLarge"), _UNABLE),
+    **dict.fromkeys((*UNABLE, "EntityTooLarge"), _UNABLE),
 }
 _PASSING = (
     *("RequestTimeout", "IncompleteBody", "BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"),

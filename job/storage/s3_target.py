@@ -78,8 +78,17 @@ class Target:
         except botocore.exceptions.ClientError as e:
             if not self.condition or s3_errors.code(e) not in (*s3_errors.LOST, *s3_errors.MISSING):
                 raise
-            if self._writer(s3) != self._mark:
+            there = self._there(s3)
+            if there is None or there["Metadata"].get(_WRITER) != self._mark:
                 raise self.lost() from e
+            self.condition = {"IfMatch": there["ETag"]}  # where it arrived damaged, the next try replaces it
+            self.written(there, data)
+
+    def look(self, s3: "S3Client") -> None:
+        """Raise `errors.ConflictError` if the condition does not hold now; for a store that cannot judge it itself."""
+        there = self._there(s3)
+        if (there["ETag"] if there else None) != self.condition.get("IfMatch"):
+            raise self.lost()
 
     def lost(self) -> errors.ConflictError:
         """What a write ends with whose condition does not hold any more."""
@@ -87,14 +96,13 @@ class Target:
             f"{self} {'was changed by somebody else' if 'IfMatch' in self.condition else 'exists already'}"
         )
 
-    def _writer(self, s3: "S3Client") -> str | None:
+    def _there(self, s3: "S3Client") -> Mapping[str, Any] | None:
         try:
-            head = s3.head_object(**self.place)
+            return s3.head_object(**self.place)
         except botocore.exceptions.ClientError as e:
             if s3_errors.code(e) in s3_errors.MISSING:
                 return None
             raise
-        return head["Metadata"].get(_WRITER)
 
 
 def md5(data: bytes) -> "hashlib._Hash":

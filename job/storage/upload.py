@@ -8,6 +8,7 @@ from pathlib import Path
 from job import errors, manifest
 from job.manifest import File, Manifest
 from job.storage import checksum, crew
+from job.storage import directory as directories
 from job.storage.directory import sealed, sizes
 from job.storage.outgoing import Outgoing
 from job.storage.store import Entry, Store
@@ -30,17 +31,39 @@ def push(store: Store, directory: Path, prefix: str, confirm: Callable[[], None]
     if theirs and same == theirs.files and same.keys() == paths.keys():
         return theirs
     confirm()
-    if manifest.NAME in there:
-        store.delete(prefix + manifest.NAME)  # from here on the old content is no longer whole, nor a part of it
     try:
+        void = _void(store, prefix + manifest.NAME)  # from here on the old content is no longer whole, nor part of it
         whole = Manifest({**same, **_send(store, prefix, _changed(paths, there, same), confirm)})
         _clear(store, prefix, whole, confirm)
         confirm()
-        store.create(prefix + manifest.NAME, whole.to_json())  # manifest last: its presence means complete
+        _seal(store, prefix + manifest.NAME, void, whole)  # last: its presence means complete
     except (errors.ConflictError, errors.ChangedError):
         confirm()  # who lost because the place is another's now, hears that instead
         raise
     return whole
+
+
+def _void(store: Store, key: str) -> bytes | None:
+    """Put something that is no manifest in place of the one there; None if there is none.
+
+    Deleting it could not be made conditional everywhere: a late delete would undo what another owner sealed since.
+    """
+    there = store.read(key)
+    if there is None:
+        return None
+    void = directories.void()
+    store.replace(key, void, there.version)
+    return void
+
+
+def _seal(store: Store, key: str, void: bytes | None, whole: Manifest) -> None:
+    if void is None:
+        store.create(key, whole.to_json())
+        return
+    there = store.read(key)
+    if there is None or there.data != void:
+        raise errors.ConflictError(f"{store.url}/{key} was changed by somebody else")
+    store.replace(key, whole.to_json(), there.version)
 
 
 def _changed(

@@ -36,7 +36,8 @@ class Progress(TrainerCallback):
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = (directory / "metrics.jsonl").open("w", encoding="utf-8")
-        self._board = SummaryWriter(str(directory / "tensorboard"))
+        self._events = directory / "tensorboard"
+        self._board = SummaryWriter(str(self._events))
         self._bar = contextlib.ExitStack()
         self._show: Callable[[float, str], None] | None = None
         self._first, self._tokens, self._steps = 0, 0, 0  # when this attempt began, and at the last line
@@ -88,6 +89,8 @@ class Progress(TrainerCallback):
         self._bar.close()
         self._metrics.close()
         self._board.close()
+        for events in self._events.glob("events.out.tfevents.*"):  # named after time, machine and process
+            events.rename(self._events / "events.out.tfevents.run")
 
     def _speed(self, state: TrainerState) -> dict[str, float]:
         busy, tokens = max(self._busy, 1e-9), int(state.num_input_tokens_seen) - self._tokens

@@ -68,17 +68,14 @@ def _trainer(
     log.event("train.load", f"loading the base model ({settings.model.quantization})")
     trainer = Trainer(
         saving,
+        Cadence(notice, saving, task, keep_best=keep_best),
         keep_best=keep_best,
         model=lora.adapted(weights.for_training(task.base, settings.model), settings.lora),
         args=_arguments(task, evaluates=evaluates, on_start=evaluates and _evaluate_first(settings, resumed)),
         processing_class=words,
         train_dataset=Dataset.from_file(str(task.data / "train.arrow")),
         eval_dataset=Dataset.from_file(str(evaluation)) if evaluates else None,
-        callbacks=[
-            Exact(settings.run.seed),
-            Cadence(notice, saving, task, keep_best=keep_best),
-            progress,
-        ],
+        callbacks=[Exact(settings.run.seed), progress],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     lora.in_float32(trainer.model)
@@ -148,8 +145,10 @@ def _run(
         log.event("train.over", f"all {state.max_steps} steps are done already", step=state.global_step)
         trainer.state = state
         progress.replay(state)
-        progress.close()
         checkpoint.restore_adapter(resumed.path, trainer.model)
+        if trainer.args.eval_on_start:
+            trainer.catch_up()
+        progress.close()
         return
     if resumed:
         log.event("train.resume", f"going on after step {resumed.step}", step=resumed.step)

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from job import checkpoint, log
+from job import checkpoint, errors, log
 from job.inputs import Task
 from job.model.tokenizer import IGNORED
 from job.preemption import Notice
@@ -25,15 +25,17 @@ _STALL_AT_FIRST = 1.0  # seconds; what a checkpoint costs before one was measure
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     """Saves to and restores from the run's store, and never loads a pickle."""
 
-    def __init__(self, saving: checkpoint.Background, *, keep_best: bool, **how: Any) -> None:
+    def __init__(self, saving: checkpoint.Background, cadence: "Cadence", *, keep_best: bool, **how: Any) -> None:
         super().__init__(**how)
-        self._saving, self._keep_best = saving, keep_best
+        self._saving, self._cadence, self._keep_best = saving, cadence, keep_best
         self._first = 0  # the step that this attempt goes on from
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses over tokens, tokens
         self._unlogged: dict[str, Any] = {}
+        self.add_callback(cadence)
         self.add_callback(_TakeUp(self))
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        self._cadence.notice.check()  # an evaluation may take longer than the cluster gives
         count = (inputs["labels"][:, 1:] != IGNORED).sum().item()
         result = super().prediction_step(model, inputs, *rest, **more)
         self._evaluated += torch.tensor([float(result[0]) * count, count], dtype=torch.float64)
@@ -47,6 +49,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         total, count = self._evaluated.tolist()
         output.metrics["eval_loss"] = total / max(count, 1)
         return output
+
+    def _maybe_log_save_evaluate(self, *how: Any, **more: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*how, **more)
+        except errors.Preempted:  # in the middle of an evaluation: `due` makes the next attempt catch up
+            self.control.should_evaluate, self.control.should_training_stop = False, True
+            self.control.should_save = self._cadence.in_time()
+            super()._maybe_log_save_evaluate(*how, **more)
+
+    def catch_up(self) -> None:
+        """Do the evaluation after the last step, which a request to stop cut off."""
+        self._evaluate(None, None, skip_scheduler=True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         begun = time.monotonic()
@@ -144,19 +158,19 @@ class Cadence(TrainerCallback):
     """When to save besides every n steps, and when to stop because the cluster asks for it."""
 
     def __init__(self, notice: Notice, saving: checkpoint.Background, task: Task, *, keep_best: bool) -> None:
-        self._notice, self._saving, self._task, self._keep_best = notice, saving, task, keep_best
+        self.notice, self._saving, self._task, self._keep_best = notice, saving, task, keep_best
         self._saved, self._hurried = time.monotonic(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saving.check()  # what cannot be saved need not be trained
         if time.monotonic() - self._saved >= self._interval():
             control.should_save = True
-        if self._notice.at_risk and not self._hurried:
+        if self.notice.at_risk and not self._hurried:
             self._hurried = control.should_save = True
-        if self._notice.reason and state.global_step < state.max_steps:
+        if self.notice.reason and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_evaluate = False  # seconds are short; `due` makes the next attempt catch up
-            control.should_save = self._in_time()
+            control.should_save = self.in_time()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         loss: float = more["metrics"]["eval_loss"]
@@ -175,9 +189,9 @@ class Cadence(TrainerCallback):
         saving = self._saving
         return checkpoint.interval(saving.stall or _STALL_AT_FIRST, saving.upload, self._task.start.between)
 
-    def _in_time(self) -> bool:
+    def in_time(self) -> bool:
         """Whether one more checkpoint will be safe before the cluster kills us."""
-        left = self._task.grace - (time.monotonic() - self._notice.since)
+        left = self._task.grace - (time.monotonic() - self.notice.since)
         needed = self._saving.expected()
         if needed > left:
             log.warn(
