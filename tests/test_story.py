@@ -178,7 +178,10 @@ def test_a_run_that_was_asked_to_stop_in_every_phase_goes_on_to_the_same_weights
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     tiny_run: Callable[..., Path], undisturbed: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:
-    """SIGKILL leaves the last sealed checkpoint, no training process, and no debris; here with packed data."""
+    """SIGKILL leaves the last sealed checkpoint, no training process, and no debris; here with packed data.
+
+    What it cuts off in a folder's own corner (`.store/`) is swept after a day: it may be another machine's at work.
+    """
     broken = tiny_run(**LONG, data={"packing": True})
 
     for _ in range(2):
@@ -190,7 +193,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(
     assert "going on after step" in end.stderr
     assert end.returncode == 0, end.stderr
     assert not differences(tmp_path / "run", undisturbed(packing=True))
-    assert not [p for p in files(tmp_path / "run") if ".part" in p]
+    assert not [p for p in files(tmp_path / "run") if ".part" in p and not p.startswith(".store/")]
     assert files(tmp_path / "run" / "report" / "tensorboard") == {"events.out.tfevents.run"}
 
 
