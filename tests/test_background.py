@@ -54,6 +54,23 @@ def test_training_does_not_wait(slow: Slow, background: Background, said: Callab
     assert "the checkpoint at step 2 was not sent before that at step 3 was due" in said()
 
 
+def test_memory_is_used_again(slow: Slow, background: Background) -> None:
+    """That of a state which is safe, or was left out for a newer one; never that of one on its way or waiting."""
+    states = [state(step) for step in (1, 2, 3)]
+    background.submit(states[0], None)
+    assert slow.begun.acquire(timeout=10)
+    assert background.spare() is None
+    background.submit(states[1], None)
+    assert background.spare() is None
+    background.submit(states[2], None)
+    assert background.spare() is states[1]
+    assert background.spare() is None
+    slow.may.release(9)
+    background.finish()
+
+    assert [background.spare(), background.spare(), background.spare()] == [states[2], states[0], None]
+
+
 def test_the_best_one_always_arrives(slow: Slow, background: Background) -> None:
     """And before the checkpoints that rely on it, because saving those forgets the best one before it."""
     background.submit(state(1), None)

@@ -174,12 +174,17 @@ def test_a_checkpoint_is_what_it_was_when_it_was_taken(checkpoints: Callable[...
     step(made, 2)
     sums["metrics"]["accuracy"].append(0.75)
     checkpoints().save(taken, None)
+    before = {name: tensor.data_ptr() for name, tensor in (taken.adapter | taken.optimizer).items()}
+    again = checkpoint.capture(2, made, "{}", sums, taken)
 
     found = checkpoints(2).latest()
     assert found
     assert checkpoint.unlogged(found.path) == {"metrics": {"accuracy": [0.5]}}
     kept = load_file(found.path / "adapter.safetensors")
     assert all(torch.equal(kept[name], weights[name]) for name in weights)
+    assert {name: tensor.data_ptr() for name, tensor in (again.adapter | again.optimizer).items()} == before
+    assert all(torch.equal(again.adapter[name], parameter) for parameter, name in made.names().items())
+    assert not all(torch.equal(again.adapter[name], weights[name]) for name in weights)
 
 
 def test_a_checkpoint_of_other_inputs_is_refused(checkpoints: Callable[..., checkpoint.Checkpoints]) -> None:

@@ -14,7 +14,7 @@ _PASSING = (errors.StoreError, errors.ConflictError, errors.ChangedError)  # a l
 
 
 class Background:
-    """Saves states in a thread of its own, one after another.
+    """Saves states in a thread of its own, one after another; the memory of one that is done with is in `spare`.
 
     Four of them are in memory at most: one on its way, two that wait (the newest and the best), and a new one. Where
     the network is slower than the cadence, a newer state takes the place of one that still waits; the last and the
@@ -25,6 +25,7 @@ class Background:
         self._checkpoints = checkpoints
         self._changed = threading.Condition()
         self._waiting: list[tuple[State, int | None]] = []
+        self._done: list[State] = []
         self._busy, self._closing = False, False
         self._failure: Exception | None = None
         self.stall = 0.0  # seconds that the last checkpoint kept training waiting, set by the one who trains
@@ -36,6 +37,7 @@ class Background:
         self.check()
         with self._changed:
             for dropped, _ in (waiting for waiting in self._waiting if waiting[0].step != best_step):
+                self._done.append(dropped)
                 log.warn(
                     "checkpoint.slow",
                     f"the checkpoint at step {dropped.step} was not sent before that at step {state.step} was due: "
@@ -47,6 +49,11 @@ class Background:
                 (state, best_step),
             ]
             self._changed.notify_all()
+
+    def spare(self) -> State | None:
+        """A state that nobody needs any more, to be overwritten; None if there is none."""
+        with self._changed:
+            return self._done.pop() if self._done else None
 
     def expected(self) -> float:
         """Seconds until a state that is submitted now will be safe; 0 if none has been saved yet."""
@@ -80,6 +87,7 @@ class Background:
                 needed = state.step == best_step or not self._waiting
                 if isinstance(failure, _PASSING) and not (self._closing and needed):
                     self._waiting[:0] = [(state, best_step)] if needed else []
+                    self._done += [] if needed else [state]
                     log.warn(
                         "checkpoint.failed",
                         f"the checkpoint at step {state.step} is not safe: {failure}. Training goes on, and this one "
@@ -87,6 +95,8 @@ class Background:
                         step=state.step,
                     )
                     failure = None
+                elif not failure:
+                    self._done.append(state)
                 self._failure = failure
                 self._changed.notify_all()
                 if failure:

@@ -74,7 +74,7 @@ def write(state: State, inputs: Mapping[str, str], directory: Path) -> None:
             "more): lower train.learning_rate"
         )
     save_file(state.adapter, directory / ADAPTER)
-    save_file(state.optimizer, directory / OPTIMIZER)
+    save_file(_apart(state.optimizer), directory / OPTIMIZER)
     told = {"step": state.step, "inputs": dict(inputs), **state.scalars}
     (directory / STATE).write_text(json.dumps(told, indent=1), encoding="utf-8")
     (directory / TRAINER).write_text(state.trainer, encoding="utf-8")
@@ -86,17 +86,24 @@ def inputs(directory: Path) -> dict[str, str]:
     return told
 
 
-def capture(step: int, loop: Loop, trainer: str, unlogged: Mapping[str, Any]) -> State:
-    """Copy everything that changes while training to host memory; `unlogged` is what has been measured since the log.
+def capture(step: int, loop: Loop, trainer: str, unlogged: Mapping[str, Any], spare: State | None = None) -> State:
+    """Copy everything that changes while training to host memory.
 
-    That is JSON values, which `unlogged` gives back.
+    `unlogged` is what has been measured since the last line of the log, as JSON values, which the function of that
+    name gives back. The memory of `spare`, a state that is not needed any more, is used again: the pages of a new one
+    take longer to come than the copy.
     """
+    used = {**spare.optimizer, **spare.adapter} if spare else {}
     tensors: Tensors = {}
+    copied: dict[int, torch.Tensor] = {}  # by the object: 8-bit optimizers share tables between all parameters
     numbers: dict[str, dict[str, Any]] = {}
     for parameter, name in loop.names().items():
         for what, value in loop.optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{what}"] = _on_host(value)
+                key = f"{name}/{what}"
+                if id(value) not in copied:
+                    copied[id(value)] = _on_host(value, used.get(key))
+                tensors[key] = copied[id(value)]
             else:
                 numbers.setdefault(name, {})[what] = value
     schedule = loop.scheduler.state_dict()
@@ -107,7 +114,9 @@ def capture(step: int, loop: Loop, trainer: str, unlogged: Mapping[str, Any]) ->
         "scaler": loop.scaler.state_dict() if loop.scaler else None,
         "unlogged": copy.deepcopy(dict(unlogged)),
     }
-    adapter = {name: _on_host(parameter) for parameter, name in loop.names().items()}
+    adapter = {name: _on_host(parameter, used.get(name)) for parameter, name in loop.names().items()}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the copies were only begun
     return State(step, adapter, tensors, scalars, trainer)
 
 
@@ -152,5 +161,17 @@ def restore_optimizer(directory: Path, loop: Loop) -> None:
         loop.scaler.load_state_dict(scalars["scaler"])
 
 
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _apart(tensors: Tensors) -> Tensors:
+    """The same with memory of its own for each, as safetensors wants it."""
+    found: Tensors = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
+
+
+def _on_host(tensor: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
+    if room is None or (room.shape, room.dtype) != (tensor.shape, tensor.dtype):
+        room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return room.copy_(tensor.detach(), non_blocking=True)

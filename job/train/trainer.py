@@ -79,7 +79,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
             "metrics": dict(self._metrics["train"]),
         }
         trainer = scratch.read_text(encoding="utf-8")
-        state = checkpoint.capture(self.state.global_step, self._loop(), trainer, unlogged)
+        state = checkpoint.capture(self.state.global_step, self._loop(), trainer, unlogged, self._saving.spare())
         self._saving.submit(state, self.state.best_global_step if self._keep_best else None)
 
     @contextlib.contextmanager
