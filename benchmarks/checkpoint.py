@@ -33,6 +33,7 @@ from job import goodput  # noqa: E402 - after the path
 
 MODEL, DATA = ROOT / ".smoke" / "SmolLM2-135M-Instruct", ROOT / ".smoke" / "data"
 STEPS, EVERY = 12, 2
+_SHOWN = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def starts(found: Sequence[Restart]) -> tuple[list[str], dict[str, float]]:
         }
         for fresh in (False, True)
     }
-    shown = [phase for phase in goodput.PHASES if any(medians[fresh][phase] > 0 for fresh in medians)]
+    shown = [phase for phase in goodput.PHASES if any(medians[fresh][phase] > _SHOWN for fresh in medians)]
     rows = []
     for name, fresh in (("same machine", False), ("fresh machine", True)):
         figures = [*(medians[fresh][phase] for phase in shown), sum(medians[fresh].values())]

@@ -183,7 +183,7 @@ def test_a_checkpoint_is_what_it_was_when_it_was_taken(checkpoints: Callable[...
     kept = load_file(found.path / "adapter.safetensors")
     assert all(torch.equal(kept[name], weights[name]) for name in weights)
     assert {name: tensor.data_ptr() for name, tensor in (again.adapter | again.optimizer).items()} == before
-    assert all(torch.equal(again.adapter[name], parameter) for parameter, name in made.names().items())
+    assert all(torch.equal(again.adapter[name], parameter) for parameter, name in made.names.items())
     assert not all(torch.equal(again.adapter[name], weights[name]) for name in weights)
 
 

@@ -5,6 +5,7 @@ in JSON. No pickle, and nothing that depends on how many GPUs wrote it.
 """
 
 import copy
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Loop:
     scheduler: Stateful
     scaler: Stateful | None
 
+    @functools.cached_property
     def names(self) -> dict[nn.Parameter, str]:
         """The name of every parameter that is trained."""
         return {parameter: name for name, parameter in self.network.named_parameters() if parameter.requires_grad}
@@ -97,7 +99,7 @@ def capture(step: int, loop: Loop, trainer: str, unlogged: Mapping[str, Any], sp
     tensors: Tensors = {}
     copied: dict[int, torch.Tensor] = {}  # by the object: 8-bit optimizers share tables between all parameters
     numbers: dict[str, dict[str, Any]] = {}
-    for parameter, name in loop.names().items():
+    for parameter, name in loop.names.items():
         for what, value in loop.optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 key = f"{name}/{what}"
@@ -114,7 +116,7 @@ def capture(step: int, loop: Loop, trainer: str, unlogged: Mapping[str, Any], sp
         "scaler": loop.scaler.state_dict() if loop.scaler else None,
         "unlogged": copy.deepcopy(dict(unlogged)),
     }
-    adapter = {name: _on_host(parameter, used.get(name)) for parameter, name in loop.names().items()}
+    adapter = {name: _on_host(parameter, used.get(name)) for parameter, name in loop.names.items()}
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the copies were only begun
     return State(step, adapter, tensors, scalars, trainer)
@@ -146,7 +148,7 @@ def restore_adapter(directory: Path, network: nn.Module) -> None:
 def restore_optimizer(directory: Path, loop: Loop) -> None:
     """Put the optimizer, the schedule and the loss scale back to where they were."""
     scalars = json.loads((directory / STATE).read_text(encoding="utf-8"))
-    names = loop.names()
+    names = loop.names
     by_name: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars["optimizer"].items()}
     for key, tensor in load_file(directory / OPTIMIZER).items():
         name, _, what = key.rpartition("/")

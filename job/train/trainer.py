@@ -1,6 +1,7 @@
 """TRL's trainer, made exact: our checkpoints instead of its own, and randomness that depends on the step alone."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import random
@@ -79,7 +80,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
             "metrics": dict(self._metrics["train"]),
         }
         trainer = scratch.read_text(encoding="utf-8")
-        state = checkpoint.capture(self.state.global_step, self._loop(), trainer, unlogged, self._saving.spare())
+        state = checkpoint.capture(self.state.global_step, self._loop, trainer, unlogged, self._saving.spare())
         self._saving.submit(state, self.state.best_global_step if self._keep_best else None)
 
     @contextlib.contextmanager
@@ -94,7 +95,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
 
     def _load_optimizer_and_scheduler(self, directory: str | None) -> None:
         if directory is not None:
-            checkpoint.restore_optimizer(Path(directory), self._loop())
+            checkpoint.restore_optimizer(Path(directory), self._loop)
             self._unlogged = checkpoint.unlogged(Path(directory))
 
     def take_up(self) -> None:
@@ -104,6 +105,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
             self._globalstep_last_logged = self._unlogged["step"]
             self._metrics["train"].update(self._unlogged["metrics"])
 
+    @functools.cached_property
     def _loop(self) -> checkpoint.Loop:
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
         return checkpoint.Loop(self.model, optimizer, self.lr_scheduler, self.accelerator.scaler)
