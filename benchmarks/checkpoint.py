@@ -168,9 +168,8 @@ def stalls(
     ]
     disturbed = disturbed_and_stalled - waits["this job"]
     note = (
-        f"A step takes {step:.2f} s, and {disturbed:.2f} s ({disturbed / step - 1:+.0%}) while another thread hashes and "
-        "sends the checkpoint before it. Here training, that thread and the server share the processors; where a GPU "
-        "trains and the store is elsewhere, it has them for itself."
+        f"A step takes {step:.2f} s, and {disturbed:.2f} s ({disturbed / step - 1:+.0%}) while another thread hashes "
+        "and sends the checkpoint before it: training on the CPU shares the processors with that thread and the server."
     )
     table = ["| | training waits | of a step | of stock | bytes |", "|---|---|---|---|---|", *rows, "", note]
     upload = statistics.median(seconds for training in mine for seconds in training.uploads)

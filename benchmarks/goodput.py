@@ -49,7 +49,7 @@ def this_job(measured: Measured, *, notice: bool) -> Gained:
     cost = measured["stall"] + max(0.0, measured["disturbed"] - measured["step"])
 
     def gained(seconds: float, between: float) -> tuple[float, float]:
-        every = interval(measured["stall"], measured["upload"], between)
+        every = interval(cost, measured["upload"], between)
         if notice:
             return seconds - cost * (seconds // (every + cost)), measured["exit"]
         return every * max(0, (seconds - measured["upload"]) // (every + cost)), 0.0

@@ -13,13 +13,16 @@ from job.train.trainer import Cadence
 
 
 class Saving:
-    """What is known of saving: how long training stood still, how long the last one took, and how long a new one."""
+    """What is known of saving: what it costs training, and how long the last one took, and so a new one."""
 
-    def __init__(self, stall: float = 0.0, upload: float = 0.0) -> None:
-        self.stall, self.upload = stall, upload
+    def __init__(self, cost: float = 0.0, upload: float = 0.0) -> None:
+        self.cost, self.upload = cost, upload
 
     def check(self) -> None:
         """Nothing failed."""
+
+    def active(self) -> bool:
+        return False
 
     def expected(self) -> float:
         return self.upload
@@ -35,12 +38,31 @@ class Task:
 
 
 @pytest.mark.parametrize(
-    ("stall", "upload", "between", "seconds"),
+    ("cost", "upload", "between", "seconds"),
     [(0.5, 1, 3600, 60), (0.5, 1, 400, 20), (0.5, 90, 3600, 90), (2, 1, 3600, 120)],
 )
-def test_the_interval_is_youngs(stall: float, upload: float, between: float, seconds: float) -> None:
+def test_the_interval_is_youngs(cost: float, upload: float, between: float, seconds: float) -> None:
     """The square root of twice the cost times the time between preemptions; never less than an upload takes."""
-    assert checkpoint.interval(stall, upload, between) == pytest.approx(seconds)
+    assert checkpoint.interval(cost, upload, between) == pytest.approx(seconds)
+
+
+def test_a_checkpoint_costs_the_copy_and_what_it_slows_down() -> None:
+    """Steps with a checkpoint on its way are compared with those without; before the first one nothing is known."""
+    cost = checkpoint.Cost()
+    assert cost.seconds is None
+    for _ in range(2):
+        cost.stepped(4.0, disturbed=False)
+    cost.copied(0.1)
+    assert cost.seconds == pytest.approx(0.1)
+    for seconds in (4.9, 4.3):
+        cost.stepped(seconds, disturbed=True)
+    assert cost.seconds == pytest.approx(0.1 + 0.6 * 2)
+    cost.copied(0.2)
+    assert cost.seconds == pytest.approx(0.2 + 0.6)
+    for _ in range(9):
+        cost.stepped(3.0, disturbed=True)
+
+    assert cost.seconds == pytest.approx(0.2), "faster steps are chance"
 
 
 @pytest.fixture
@@ -54,6 +76,7 @@ def after_a_step(
     """What is decided at the end of a step, `waited` seconds after the last checkpoint."""
     cadence = Cadence(notice, saving, task, keep_best=False)  # type: ignore[arg-type]
     cadence._saved -= waited
+    cadence.cost.copied(saving.cost)
     control = TrainerControl()
     cadence.on_step_end(arguments, TrainerState(global_step=3, max_steps=10), control)
     return control

@@ -28,7 +28,6 @@ class Background:
         self._done: list[State] = []
         self._busy, self._closing = False, False
         self._failure: Exception | None = None
-        self.stall = 0.0  # seconds that the last checkpoint kept training waiting, set by the one who trains
         self.upload = 0.0  # seconds that it took to be safe, from when its turn came
         threading.Thread(target=self._work, daemon=True, name="checkpoints").start()
 
@@ -49,6 +48,10 @@ class Background:
                 (state, best_step),
             ]
             self._changed.notify_all()
+
+    def active(self) -> bool:
+        """Whether a state is on its way, or waits for its turn."""
+        return self._busy or bool(self._waiting)
 
     def spare(self) -> State | None:
         """A state that nobody needs any more, to be overwritten; None if there is none."""

@@ -20,7 +20,7 @@ from job.inputs import Task
 from job.model.tokenizer import IGNORED
 from job.preemption import Notice
 
-_STALL_AT_FIRST = 1.0  # seconds; what a checkpoint costs before one was measured
+_COST_AT_FIRST = 1.0  # seconds; what a checkpoint costs before one was measured
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
@@ -69,7 +69,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         if self.is_world_process_zero():
             with self._aside("save"):
                 self._submit()
-            self._saving.stall = time.monotonic() - begun
+            self._cadence.cost.copied(time.monotonic() - begun)
 
     def _submit(self) -> None:
         scratch = Path(self.args.output_dir) / checkpoint.TRAINER
@@ -162,8 +162,16 @@ class Cadence(TrainerCallback):
     def __init__(self, notice: Notice, saving: checkpoint.Background, task: Task, *, keep_best: bool) -> None:
         self.notice, self._saving, self._task, self._keep_best = notice, saving, task, keep_best
         self._saved, self._hurried = time.monotonic(), False
+        self.cost = checkpoint.Cost()
+        self._begun, self._disturbed, self._warm = 0.0, False, False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._begun, self._disturbed = time.monotonic(), self._saving.active()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._warm:  # the first step of a start takes longer for other reasons
+            self.cost.stepped(time.monotonic() - self._begun, disturbed=self._disturbed)
+        self._warm = True
         self._saving.check()  # what cannot be saved need not be trained
         if time.monotonic() - self._saved >= self._interval():
             control.should_save = True
@@ -189,7 +197,7 @@ class Cadence(TrainerCallback):
         if minutes != "auto":
             return math.inf if minutes is None else minutes * 60
         saving = self._saving
-        return checkpoint.interval(saving.stall or _STALL_AT_FIRST, saving.upload, self._task.start.between)
+        return checkpoint.interval(self.cost.seconds or _COST_AT_FIRST, saving.upload, self._task.start.between)
 
     def in_time(self) -> bool:
         """Whether one more checkpoint will be safe before the cluster kills us."""
