@@ -246,9 +246,8 @@ def main() -> None:
         "",
         *starting,
     ]
-    sys.stdout.write("\n".join(text) + "\n")
+    lab.tell(text, given.keep and given.keep.with_suffix(".md"))
     if given.keep:
-        given.keep.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
         given.keep.with_suffix(".json").write_text(json.dumps(measured | more, indent=1) + "\n", encoding="utf-8")
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lab
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
@@ -163,11 +164,10 @@ def main() -> None:
         "A Job's controller doubles its wait with every failed pod, from 10 s to 10 minutes, also if the failure is",
         "ignored by its policy; JobSet and Slurm do not.",
     ]
-    sys.stdout.write("\n".join(text) + "\n")
     if given.keep:
         plot(paid, list(ways), given.keep.with_suffix(".svg"))
         text[-2:-2] = [f"![goodput]({given.keep.with_suffix('.svg').name})", ""]
-        given.keep.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    lab.tell(text, given.keep and given.keep.with_suffix(".md"))
 
 
 if __name__ == "__main__":

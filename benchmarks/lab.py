@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import boto3
@@ -67,3 +67,11 @@ def machine(*packages: str) -> str:
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{os.cpu_count()} cores ({model.partition(': ')[2]}); Python {platform.python_version()}, {versions}."
+
+
+def tell(lines: Sequence[str], keep: Path | None) -> None:
+    """Print a result, and write it to a file too if asked to."""
+    text = "\n".join(lines) + "\n"
+    sys.stdout.write(text)
+    if keep:
+        keep.write_text(text, encoding="utf-8")

@@ -262,9 +262,7 @@ def main() -> None:
                 lines += ["", f"## {way}: {shape} ({len(sizes)} x {sizes[0] >> 20} MiB)", "", *table(runs, sum(sizes))]
     if not given.faults:
         lines += ["", f"SHA-256 of 1 GiB alone takes {hashing(1 << 30):.2f} CPU seconds here."]
-    sys.stdout.write("\n".join(lines) + "\n")
-    if given.keep:
-        given.keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lab.tell(lines, given.keep)
 
 
 if __name__ == "__main__":
