@@ -5,9 +5,9 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from metadata import GCP, Metadata, served
 
 from job import errors, preemption
 from job.preemption import spot
@@ -15,51 +15,12 @@ from job.preemption import spot
 NOWHERE = "http://127.0.0.1:9"
 
 
-class Metadata(BaseHTTPRequestHandler):
-    """All three services. What there is to tell lies in `told`, by path; each insists on its header."""
-
-    told: dict[str, str]
-    token: str
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_PUT(self) -> None:
-        lives = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
-        self._answer(self.token if self.path == "/latest/api/token" and lives else None, 400)
-
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        insists = {
-            "/latest/": ("X-aws-ec2-metadata-token", self.token, 401),
-            "/computeMetadata/": ("Metadata-Flavor", "Google", 403),
-            "/metadata/": ("Metadata", "true", 400),
-        }
-        header, value, refusal = next(told for start, told in insists.items() if path.startswith(start))
-        if self.headers.get(header) != value or (refusal == 400 and "api-version=20" not in query):
-            self._answer(None, refusal)
-        else:
-            self._answer(self.told.get(path), 404)
-
-    def _answer(self, body: str | None, otherwise: int) -> None:
-        data = (body or "").encode()
-        self.send_response(otherwise if body is None else 200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """What the services tell, to be changed by the test; ``url`` is where they are."""
     monkeypatch.setattr(spot, "_POLL_SECONDS", 0.05)
-    Metadata.told, Metadata.token = {}, "token-1"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    Metadata.told["url"] = f"http://127.0.0.1:{server.server_port}"
-    yield Metadata.told
-    server.shutdown()
-    server.server_close()
+    with served() as told:
+        yield told
 
 
 @pytest.fixture
@@ -86,7 +47,6 @@ def until(holds: Callable[[], object]) -> None:
 
 
 AWS = "/latest/meta-data"
-GCP = {"/computeMetadata/v1/instance/id": "123", "/computeMetadata/v1/instance/preempted": "FALSE"}
 AZURE = {"/metadata/instance/compute/name": "vm-1", "/metadata/scheduledevents": json.dumps({"Events": []})}
 
 

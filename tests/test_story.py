@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT, S3, command, files, tiny_config
 from faults import Proxy, reset, says
 from killing import Moment, Stopped, checkpoints, debris, differences, download
+from metadata import GCP, served
 from safetensors.torch import load_file
 
 from job import manifest
@@ -209,6 +210,29 @@ def test_a_request_to_stop_is_heard_in_the_middle_of_an_evaluation(in_s3: Path, 
     told = [json.loads(line) for line in attempt_log(s3, bucket, 1).decode().splitlines()]
     assert not [line for line in told if line.get("step") == 2 and "eval_loss" in line]
     assert [line["step"] for line in told if line["event"] == "checkpoint.saved"] == [2]
+
+
+def test_a_spot_notice_stops_a_run_as_a_signal_does(
+    in_s3: Path, s3: S3, bucket: str, ends_as_undisturbed: Callable[..., None]
+) -> None:
+    """While it trains, from the cloud that it finds itself in; the next start goes on to the same weights."""
+    with served() as told:
+        told.update(GCP)
+        elsewhere = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": told["url"] + "/none", "AZURE_METADATA_ENDPOINT": told["url"]}
+        cloud = {"GCE_METADATA_HOST": told["url"].removeprefix("http://"), **elsewhere}
+        stopped = Stopped(MOMENTS["between steps"], in_s3, {**os.environ, **cloud})
+        told["/computeMetadata/v1/instance/preempted"] = "TRUE"
+        until = time.monotonic() + 60
+        while "asked to stop (a GCP notice" not in stopped.said:
+            assert time.monotonic() < until, stopped.said
+            time.sleep(0.1)
+        time.sleep(HEARD)
+        stopped.go_on()
+
+        assert stopped.ended() == 75, stopped.said
+    saved = [line for line in attempt_log(s3, bucket, 1).decode().splitlines() if '"checkpoint.saved"' in line]
+    assert json.loads(saved[-1])["step"] == 5
+    ends_as_undisturbed(starts=1)
 
 
 HEARD = 0.6  # seconds in which a signal has come from the job to its training
