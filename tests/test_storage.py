@@ -11,7 +11,7 @@ from boto3.s3.transfer import TransferConfig
 from conftest import S3, files
 
 from job import errors, manifest, storage
-from job.storage import checksum, incoming, local
+from job.storage import checksum, incoming, local, upload
 from job.storage.journal import Journal, Part
 from job.storage.store import ANY, Upload
 
@@ -233,6 +233,24 @@ def test_who_may_not_write_any_more_seals_nothing(store: storage.Store, director
         storage.push(store, directory, "merged/", confirm)
 
     assert storage.sealed(store, "merged/") == (before if when == "first" else None)
+
+
+def test_who_was_paused_in_the_middle_of_a_push_sends_nothing_more(
+    store: storage.Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When some time has passed since it was certain that we may write, that is asked again before each request."""
+    monkeypatch.setattr(upload, "_FRESH_SECONDS", 0.0)
+    asked = []
+
+    def confirm() -> None:
+        asked.append(1)
+        if len(asked) > 1:  # the first time is before anything is given up
+            raise errors.FencedError("no")
+
+    with pytest.raises(errors.FencedError):
+        storage.push(store, directory, "merged/", confirm)
+
+    assert not list(store.list("merged/"))
 
 
 def test_of_two_who_seal_one_place_one_loses(store: storage.Store, directory: Path) -> None:

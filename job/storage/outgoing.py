@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,13 +16,15 @@ _LEAVE_SECONDS = 0.2
 class Outgoing:
     """The local file at `path`, to become `key` in place of the version `over`, as in `Store.upload`.
 
-    Each call of `send_next` holds one part in memory, so a crew needs as many parts as it has hands.
+    Each call of `send_next` holds one part in memory, so a crew needs as many parts as it has hands. `granted` is
+    called before every request that writes, and raises if we may not any more.
     """
 
-    def __init__(self, store: Store, path: Path, key: str, over: str | None) -> None:
+    def __init__(self, store: Store, path: Path, key: str, over: str | None, granted: Callable[[], None]) -> None:
         self.key, self.size = key, path.stat().st_size
         self.file: File | None = None  # known when all of it was sent
         self._store, self._path, self._over, self._lock = store, path, over, threading.Lock()
+        self._granted = granted
         self._part_size = store.part_size(self.size)
         self._hash = hashlib.sha256()
         self._upload: Upload | None = None
@@ -36,13 +39,13 @@ class Outgoing:
     def send_next(self, crew: Crew) -> None:
         """Send the next part; with the last one that arrives, the file is there."""
         number, data, upload = self._take(crew)
-        crew.keep_trying(lambda: upload.send(number, data, crew.check))
+        crew.keep_trying(lambda: self._send(upload, number, data, crew))
         crew.advance(len(data))
         with self._lock:
             self._left -= 1
             last = not self._left
         if last:
-            crew.keep_trying(upload.finish)
+            crew.keep_trying(lambda: self._finish(upload))
             self.file, self._upload = File(self.size, self._hash.hexdigest()), None
 
     def abort(self) -> None:
@@ -54,6 +57,14 @@ class Outgoing:
         """Leave in the store what a later start can go on with."""
         if upload := self._close():
             upload.leave()
+
+    def _send(self, upload: Upload, number: int, data: bytes, crew: Crew) -> None:
+        self._granted()
+        upload.send(number, data, crew.check)
+
+    def _finish(self, upload: Upload) -> None:
+        self._granted()
+        upload.finish()
 
     def _close(self) -> Upload | None:
         """The upload under way. Where a silent store keeps the lock busy, it is not waited for."""

@@ -1,6 +1,8 @@
 """Whole directories into a store: files first, the manifest last, and nothing sent that is there already."""
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,8 @@ from job.storage.directory import sealed, sizes
 from job.storage.outgoing import Outgoing
 from job.storage.store import Entry, Store
 
+_FRESH_SECONDS = 1.5  # no lease is shorter than 2 s, and nobody is replaced before it is over
+
 
 def push(store: Store, directory: Path, prefix: str, confirm: Callable[[], None] = lambda: None) -> Manifest:
     """Make `prefix` in the store hold exactly what the local `directory` holds, manifest last.
@@ -20,7 +24,8 @@ def push(store: Store, directory: Path, prefix: str, confirm: Callable[[], None]
     What is there already with the same content is not sent again: by the manifest if there is one, else (an earlier
     push was killed) by the checksum that the store keeps, and the parts of an unfinished upload by theirs.
 
-    `confirm` is called before the old content is given up and before the new is sealed; what it raises stops the push.
+    `confirm` is called before the old content is given up, every now and then while files are sent, and before the new
+    content is sealed; what it raises stops the push.
 
     Raises `errors.StoreError` if the store failed for longer than patience lasts or does not hold what was sent, and
     `errors.ConflictError` if somebody else sealed something there meanwhile.
@@ -99,7 +104,8 @@ def _same(
 def _send(
     store: Store, prefix: str, changed: Mapping[str, tuple[Path, str | None]], confirm: Callable[[], None]
 ) -> dict[str, File]:
-    files = {name: Outgoing(store, path, prefix + name, over) for name, (path, over) in changed.items()}
+    granted = _Recently(confirm)
+    files = {name: Outgoing(store, path, prefix + name, over, granted) for name, (path, over) in changed.items()}
     largest_first = sorted(files.values(), key=lambda file: -file.size)
     with (
         _concluded(store, prefix, largest_first, confirm),
@@ -107,6 +113,21 @@ def _send(
     ):
         hands.work(partial(file.send_next, hands) for file in largest_first for _ in range(file.parts))
     return {name: file.file for name, file in files.items() if file.file}
+
+
+class _Recently:
+    """Confirms again what was confirmed some time ago: the machine may have been paused, and replaced, since then."""
+
+    def __init__(self, confirm: Callable[[], None]) -> None:
+        self._confirm, self._lock = confirm, threading.Lock()
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        """Return when it is certain; raise what `confirm` does."""
+        with self._lock:
+            if time.monotonic() - self._last > _FRESH_SECONDS:
+                self._confirm()
+                self._last = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -118,7 +139,7 @@ def _concluded(store: Store, prefix: str, files: Sequence[Outgoing], confirm: Ca
     try:
         yield
     except BaseException as e:
-        if isinstance(e, Exception) and _granted(confirm):
+        if isinstance(e, Exception) and _still_ours(confirm):
             for file in files:
                 file.abort()
             store.sweep(prefix)
@@ -127,7 +148,7 @@ def _concluded(store: Store, prefix: str, files: Sequence[Outgoing], confirm: Ca
         raise
 
 
-def _granted(confirm: Callable[[], None]) -> bool:
+def _still_ours(confirm: Callable[[], None]) -> bool:
     try:
         confirm()
     except (errors.JobError, OSError):
