@@ -239,6 +239,39 @@ HEARD = 0.6  # seconds in which a signal has come from the job to its training
 
 
 @pytest.mark.slow
+def test_thirty_kills_at_random_moments_cost_nothing(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
+    """In one run, by SIGKILL or SIGTERM, wherever it is after some seconds, on the same machine or a fresh one."""
+    steps = {**LONG, "train": {**LONG["train"], "epochs": 40, "eval_every": 28}, "checkpoint": {"every_steps": 7}}
+    whole = tiny_run("whole.yaml", **steps, run={"url": f"{tmp_path}/whole"})
+    assert job("run", whole).returncode == 0
+    broken = tiny_run("broken.yaml", **steps, run={"url": f"{tmp_path}/broken", "give_up_after": 40})
+    took = json.loads((tmp_path / "whole" / "done.json").read_text())["time"]["seconds"]
+    until_training = sum(took.get(phase, 0.0) for phase in ("start", "pull", "prepare", "load"))
+    seed = time.time_ns()
+    print(f"seed {seed}")  # noqa: T201 - shown when the test fails
+    draw = random.Random(seed)
+
+    statuses = []
+    for _ in range(30):
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        with subprocess.Popen(command("run", broken), cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            time.sleep(draw.uniform(0.5, 1.25 * until_training))
+            process.send_signal(number)
+        statuses.append(process.returncode)
+        if draw.random() < 0.2:
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    end = job("run", broken)
+
+    assert set(statuses) <= {0, 75, -signal.SIGKILL}, statuses
+    assert statuses.count(0) < 10, "the run is too short for this test"
+    assert end.returncode == 0, end.stderr
+    assert not differences(tmp_path / "broken", tmp_path / "whole")
+    assert not {name for name in debris(tmp_path / "broken", attempts=31, keep=2) if not name.startswith(".store/")}
+    told = json.loads((tmp_path / "broken" / "done.json").read_text())["time"]
+    print(told)  # noqa: T201 - shown when the test fails
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_stop_at_any_moment_costs_nothing(
@@ -393,39 +426,6 @@ def test_of_two_starts_at_once_one_does_the_run(tiny_run: Callable[..., Path], t
     assert "is owned by attempt 1 (process " in second
     assert "Start this one again when that one has ended" in second
     assert {name for name in files(tmp_path / "run") if name.startswith("attempts/")} == {"attempts/1.jsonl"}
-
-
-@pytest.mark.slow
-def test_thirty_kills_at_random_moments_cost_nothing(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
-    """In one run, by SIGKILL or SIGTERM, wherever it is after some seconds, on the same machine or a fresh one."""
-    steps = {**LONG, "train": {**LONG["train"], "epochs": 40, "eval_every": 28}, "checkpoint": {"every_steps": 7}}
-    whole = tiny_run("whole.yaml", **steps, run={"url": f"{tmp_path}/whole"})
-    assert job("run", whole).returncode == 0
-    broken = tiny_run("broken.yaml", **steps, run={"url": f"{tmp_path}/broken", "give_up_after": 40})
-    took = json.loads((tmp_path / "whole" / "done.json").read_text())["time"]["seconds"]
-    until_training = sum(took.get(phase, 0.0) for phase in ("start", "pull", "prepare", "load"))
-    seed = time.time_ns()
-    print(f"seed {seed}")  # noqa: T201 - shown when the test fails
-    draw = random.Random(seed)
-
-    statuses = []
-    for _ in range(30):
-        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
-        with subprocess.Popen(command("run", broken), cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-            time.sleep(draw.uniform(0.5, 1.25 * until_training))
-            process.send_signal(number)
-        statuses.append(process.returncode)
-        if draw.random() < 0.2:
-            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    end = job("run", broken)
-
-    assert set(statuses) <= {0, 75, -signal.SIGKILL}, statuses
-    assert statuses.count(0) < 10, "the run is too short for this test"
-    assert end.returncode == 0, end.stderr
-    assert not differences(tmp_path / "broken", tmp_path / "whole")
-    assert not {name for name in debris(tmp_path / "broken", attempts=31, keep=2) if not name.startswith(".store/")}
-    told = json.loads((tmp_path / "broken" / "done.json").read_text())["time"]
-    print(told)  # noqa: T201 - shown when the test fails
 
 
 def stop_at(event: str, config: Path, number: signal.Signals, *more: str) -> tuple[int, list[str]]:
