@@ -61,7 +61,8 @@ def story(
         data = prepare.dataset(config, base, train, evaluation, cache, after)
         log.phase("load")
         start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
-        made = launch.training(worker, launch.task(config, start, base, data, cache), environ, notice)
+        with publish.tidied(store, attempt, notice):
+            made = launch.training(worker, launch.task(config, start, base, data, cache), environ, notice)
         log.phase("publish")
         publish.directory(store, made / "report", paths.REPORT, owner.confirm)
         publish.directory(store, made / "adapter", paths.ADAPTER, owner.confirm)

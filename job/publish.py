@@ -1,14 +1,16 @@
 """Put the results into the store, each whole or not at all, and say last that the run is done."""
 
+import contextlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from job import config, errors, goodput, log, manifest, paths, storage
 from job.config import Config
+from job.preemption import Notice
 from job.storage import Store
 
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "boto3")
@@ -68,6 +70,28 @@ def done(
     return record
 
 
+@contextlib.contextmanager
+def tidied(store: Store, number: int, notice: Notice) -> Iterator[None]:
+    """Leave no part of a checkpoint behind when attempt `number` finds in the block that another one owns the run.
+
+    What was on its way when this machine was paused arrives when it wakes up, in places that are this attempt's alone;
+    the other one may have finished, and then nobody else would remove it. Where the cluster asked to stop, seconds are
+    short, and the next attempt tidies up.
+    """
+    try:
+        yield
+    except (errors.FencedError, errors.Preempted):
+        if notice.reason:
+            raise
+        try:
+            for name in {at.name for entry in store.list(paths.CHECKPOINTS) if (at := _of(entry.key, number))}:
+                if storage.sealed(store, name) is None:
+                    storage.remove(store, name)
+        except (errors.JobError, OSError) as e:
+            log.warn("publish.untidy", f"parts of checkpoints of attempt {number} may be left in {store.url}: {e}")
+        raise
+
+
 def trained(store: Store, began: int) -> bool:
     """Whether what training makes is in the store, made since attempt `began`."""
     made = _made(store, paths.ADAPTER)
@@ -116,6 +140,12 @@ def finished(store: Store, settings: Config, began: int) -> dict[str, Any] | Non
         )
         return None
     return record
+
+
+def _of(key: str, number: int) -> paths.Place | None:
+    """The checkpoint that this is a file of, if it is one of attempt `number`."""
+    at = paths.parsed(key)
+    return at if at and at.attempt == number else None
 
 
 def _made(store: Store, place: str) -> dict[str, Any] | None:

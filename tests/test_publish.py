@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from job import config, errors, goodput, paths, publish, report, storage
+from job import config, errors, goodput, manifest, paths, preemption, publish, report, storage
 
 FACTS = {
     "base": "s3://b/base",
@@ -101,6 +101,22 @@ def test_a_merged_model_of_another_adapter_is_made_again(store: storage.Store, t
         publish.directory(store, tmp_path / paths.MERGED, paths.MERGED, lambda: None)
 
         assert publish.merged(store, 0) is fits
+
+
+def test_who_was_replaced_while_a_checkpoint_was_on_its_way_takes_its_parts_back(store: storage.Store) -> None:
+    """They arrive when the machine wakes up; whole checkpoints stay, and so do those of others."""
+    theirs = ["checkpoints/00000004-2/state.json", "checkpoints/best/manifest.json", "checkpoints/notes.txt"]
+    for key in ("checkpoints/00000004-1/state.json", "checkpoints/00000006-1/manifest.json", *theirs):
+        store.put(key, b"{}")
+    whole = manifest.Manifest({"state.json": manifest.File(2, "0" * 64)})
+    store.put("checkpoints/00000002-1/state.json", b"{}")
+    store.put("checkpoints/00000002-1/manifest.json", whole.to_json())
+
+    with pytest.raises(errors.FencedError), publish.tidied(store, 1, preemption.Notice()):
+        raise errors.FencedError("taken for dead")
+
+    kept = ["checkpoints/00000002-1/manifest.json", "checkpoints/00000002-1/state.json", *theirs]
+    assert {entry.key for entry in store.list(paths.CHECKPOINTS)} == set(kept)
 
 
 def test_what_others_put_beside_the_checkpoints_is_not_ours(store: storage.Store) -> None:
