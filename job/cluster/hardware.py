@@ -1,0 +1,121 @@
+"""The hardware that this process was given, seen without loading CUDA."""
+
+import contextlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from job import errors, log
+
+_CGROUP = Path("/sys/fs/cgroup/cpu.max")
+
+
+def gpus(environ: Mapping[str, str], present: Sequence[str] | None = None) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES would be for each NVIDIA GPU that this process may use; none without a driver.
+
+    `present` are those that there are, by default what the driver lets this process open. Of several MIG slices only
+    the first counts: neither CUDA nor NCCL joins slices of one GPU in one training.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    shown = None if visible is None else [each.strip() for each in visible.split(",") if each.strip() not in ("", "-1")]
+    if shown == []:
+        return ()
+    there = _present() if present is None else present
+    named = [_at(there, each) for each in shown] if shown and there else there
+    return tuple(named[:1] if any(device.startswith("MIG-") for device in named) else named)
+
+
+def cpus(limit: Path = _CGROUP) -> int:
+    """How many cores this process may keep busy: those it is bound to, or fewer by its container's quota."""
+    bound = len(os.sched_getaffinity(0))
+    quota, _, period = limit.read_text("ascii").partition(" ") if limit.exists() else ("max", "", "")
+    return bound if quota == "max" else max(1, min(bound, math.ceil(int(quota) / int(period))))
+
+
+def memory(gpus: tuple[str, ...]) -> int | None:
+    """Bytes of memory of the smallest of these GPUs; None without any, or if the driver's library does not say."""
+    if not gpus:
+        return None
+    import pynvml
+
+    opened = _opened()
+    try:
+        handles = [
+            opened[int(gpu)] if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(_whole(gpu, opened))
+            for gpu in gpus
+        ]
+        return min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
+    except (pynvml.NVMLError, IndexError) as e:
+        log.warn(
+            "cluster.memory",
+            f"the driver does not tell the memory of GPU {', '.join(gpus)} ({e}): distributed.strategy auto takes it "
+            "for large enough",
+        )
+        return None
+
+
+def _at(there: Sequence[str], name: str) -> str:
+    """What the GPU that CUDA_VISIBLE_DEVICES calls `name`, perhaps by its number, is called here."""
+    return there[int(name)] if name.isdecimal() and int(name) < len(there) else name
+
+
+def _present() -> list[str]:
+    """The number of each GPU that this process may open, or the first slice if it is cut by MIG."""
+    import pynvml
+
+    found = []
+    for number, handle in enumerate(_opened()):
+        slices = []
+        for each in range(_most_slices(handle)):
+            with contextlib.suppress(pynvml.NVMLError):  # there is no such one, or it is somebody else's
+                slices.append(str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, each))))
+        found.append(slices[0] if slices else str(number))
+    return found
+
+
+def _most_slices(handle: Any) -> int:  # noqa: ANN401 - NVML's
+    import pynvml
+
+    try:
+        return int(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle))
+    except pynvml.NVMLError:  # this kind cannot be cut
+        return 0
+
+
+def _opened() -> list[Any]:
+    """The handles of the GPUs that this process may open: in a container not all that the machine has."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return []
+    except pynvml.NVMLError as e:
+        raise errors.JobError(
+            f"the NVIDIA driver of this machine does not work: {e}. Look at `nvidia-smi` there; to train on the CPU, "
+            "set CUDA_VISIBLE_DEVICES to nothing"
+        ) from e
+    found = []
+    for number in range(count):
+        with contextlib.suppress(pynvml.NVMLError):
+            found.append(pynvml.nvmlDeviceGetHandleByIndex(number))
+    return found
+
+
+def _whole(uuid: str, opened: Sequence[Any]) -> str:
+    """The whole UUID for one that CUDA lets users abbreviate."""
+    import pynvml
+
+    whole = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in opened]
+    return next((each for each in whole if each.startswith(uuid)), uuid)
+
+
+def interface(address: str) -> str | None:
+    """The network interface with this address; None if there is none."""
+    addresses = psutil.net_if_addrs().items()
+    return next((name for name, found in addresses if any(each.address == address for each in found)), None)
