@@ -85,6 +85,12 @@ class FencedError(JobError):
     status = AGAIN
 
 
+class PeerError(JobError):
+    """Another machine of this attempt failed, stopped or was lost: what is safe in the store counts."""
+
+    status = AGAIN
+
+
 class DiskFullError(JobError):
     """The local disk has no room for what the job must keep there; another machine's may."""
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from job import config
 from job.config import Config
 
+AT_THE_END = 4.0  # seconds of the cluster's grace that the job needs when training has ended
+AFTER_A_LOSS = 15.0  # seconds that the processes of a team have when one is lost, for a checkpoint that is on its way
+
 
 @dataclass(frozen=True)
 class Base:
@@ -48,11 +51,52 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Team:
+    """The processes that train together: `processes` on each of `nodes` machines, one of which this is."""
+
+    nodes: int = 1
+    node: int = 0
+    processes: int = 1
+    strategy: str = "ddp"
+    first: str = "127.0.0.1"
+    port: int = 0
+    gpus: bool = False
+    """Whether each process has a GPU."""
+
+    @property
+    def size(self) -> int:
+        """How many there are: the world size."""
+        return self.nodes * self.processes
+
+    @property
+    def grouped(self) -> bool:
+        """Whether torch joins them in a group; sharing out takes one, even of a single process."""
+        return self.size > 1 or self.strategy != "ddp"
+
+    def rank(self, local: int) -> int:
+        """That of process `local` of this machine."""
+        return self.node * self.processes + local
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one process of the team ended, as it said itself, or as was seen of one that was killed."""
+
+    rank: int
+    status: int
+    why: str
+    time: float  # seconds since 1970, by the clock of its machine
+    lost: bool = False
+    """Whether it ended only because it lost another process of the team."""
+
+
+@dataclass(frozen=True)
 class Task:
     """What a training process is told. `out` is sealed when training is done; `scratch` may be lost."""
 
     config: Config
     start: Start
+    team: Team
     base: Path
     data: Path
     out: Path
@@ -60,16 +104,56 @@ class Task:
     log: Path
     inputs: Mapping[str, str]
     """Digests of the base and of the data: a checkpoint of other inputs is not resumed."""
+    resumed: Path | None
+    """The checkpoint to go on from, verified, on this machine."""
 
     @property
     def grace(self) -> float:
-        """Seconds that are left after a request to stop: what the job was told by the cluster, or else the config."""
+        """Seconds that training has after a request to stop: those of the cluster, or the config, but the last few."""
         told = self._grace
-        return float(told.read_text("ascii")) if told.exists() else self.config.checkpoint.grace_seconds
+        whole = float(told.read_text("ascii")) if told.exists() else self.config.checkpoint.grace_seconds
+        return max(whole - AT_THE_END, whole / 2)
 
-    def know(self, grace: float) -> None:
-        """Let the training know what the cluster said; to be called before it is asked to stop."""
-        self._grace.write_text(str(grace), encoding="ascii")
+    def allow(self, grace: float) -> None:
+        """Let the training know how long the cluster waits, if it said so, before it is asked to stop."""
+        part = self._grace.with_suffix(".part")
+        part.write_text(str(grace), encoding="ascii")
+        part.rename(self._grace)
+
+    @property
+    def at_risk(self) -> bool:
+        """Whether the cluster said that the machine may be taken away soon."""
+        return self._risk.exists()
+
+    def warn(self) -> None:
+        """Let the training know that."""
+        self._risk.touch()
+
+    def log_of(self, rank: int) -> Path:
+        """Where a process of the team logs: rank 0 into the log of the attempt."""
+        return self.scratch / f"rank-{rank}.jsonl" if rank else self.log
+
+    def ended(self, outcome: Outcome) -> None:
+        """Keep how a process of the team ended; what it said itself counts more than what others saw."""
+        told = self._outcomes / f"{outcome.rank}.json"
+        if not told.exists():
+            self._outcomes.mkdir(parents=True, exist_ok=True)
+            part = told.with_suffix(".part")
+            part.write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
+            part.rename(told)
+
+    def outcomes(self) -> list[Outcome]:
+        """How the processes on this machine ended, the first one first."""
+        told = [Outcome(**json.loads(path.read_text("utf-8"))) for path in self._outcomes.glob("*.json")]
+        return sorted(told, key=lambda outcome: outcome.time)
+
+    @property
+    def _outcomes(self) -> Path:
+        return self.scratch / "outcomes"
+
+    @property
+    def _risk(self) -> Path:
+        return self.scratch / "at-risk"
 
     @property
     def _grace(self) -> Path:
@@ -81,6 +165,8 @@ class Task:
         plain = {
             "config": self.config.model_dump(mode="json"),
             "start": dataclasses.asdict(self.start),
+            "team": dataclasses.asdict(self.team),
+            "resumed": str(self.resumed) if self.resumed else None,
             "inputs": dict(self.inputs),
         }
         return json.dumps(fields | plain, default=str)
@@ -91,4 +177,11 @@ class Task:
         fields = json.loads(text)
         folders = {name: Path(fields[name]) for name in ("base", "data", "out", "scratch", "log")}
         settings = config.check(fields["config"], config.Places("the task", {}))
-        return cls(config=settings, start=Start(**fields["start"]), inputs=fields["inputs"], **folders)
+        return cls(
+            config=settings,
+            start=Start(**fields["start"]),
+            team=Team(**fields["team"]),
+            inputs=fields["inputs"],
+            resumed=Path(fields["resumed"]) if fields["resumed"] else None,
+            **folders,
+        )

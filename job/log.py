@@ -27,6 +27,11 @@ def phase(name: str, **fields: object) -> None:
     _LOGGER.debug(name, extra={"event": "phase", "fields": {"phase": name, **fields}})
 
 
+def detail(name: str, message: str, **fields: object) -> None:
+    """Record something that is for the file only."""
+    _LOGGER.debug(message, extra={"event": name, "fields": fields})
+
+
 def warn(name: str, message: str, **fields: object) -> None:
     """Record something that the user should look at although the job goes on."""
     _LOGGER.warning(message, extra={"event": name, "fields": fields})
@@ -70,14 +75,23 @@ def _redacted(text: str) -> str:
     return re.sub(r"://[^/@\s\"']+@", "://***@", text)
 
 
+class _File(logging.FileHandler):
+    """One that says once that its disk is full, in place of a traceback for every line."""
+
+    _lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the base class's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._lost:
+            self._lost = True
+            warn("log.lost", f"the log {self.baseFilename} cannot be written ({error}); the job goes on without")
+
+
 def to_people(stream: TextIO, *, as_json: bool = False) -> None:
     """Show every event on `stream`: readable lines, or JSON lines for a log collector."""
-    _LOGGER.setLevel(logging.DEBUG)
-    _LOGGER.propagate = False
-    logging.captureWarnings(True)  # noqa: FBT003 - Python's own signature
-    logging.getLogger().addHandler(
-        logging.NullHandler()
-    )  # the libraries' notes belong into the file, not between our lines
+    _apart()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_JsonLines() if as_json else _PlainLines())
     handler.setLevel(logging.DEBUG if as_json else logging.INFO)
@@ -89,14 +103,30 @@ def to_file(path: Path, *, anew: bool = False) -> Path:
 
     `anew` forgets what is there. Returns `path`.
     """
+    _apart()
     path.parent.mkdir(parents=True, exist_ok=True)
     if anew:
         path.unlink(missing_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _File(path, encoding="utf-8")
     handler.setFormatter(_JsonLines())
     for logger in (_LOGGER, logging.getLogger()):
         logger.addHandler(handler)
     return path
+
+
+def _apart() -> None:
+    """Keep the libraries' notes out of what people see: they belong into the file."""
+    _LOGGER.setLevel(logging.DEBUG)
+    _LOGGER.propagate = False
+    logging.captureWarnings(True)  # noqa: FBT003 - Python's own signature
+    logging.getLogger().addHandler(logging.NullHandler())
+    logging.getLogger("DeepSpeed").addFilter(_as_the_others)
+
+
+def _as_the_others(record: logging.LogRecord) -> bool:
+    """Let what DeepSpeed would print go where the other libraries' notes go, and nowhere else."""
+    logging.getLogger().handle(record)
+    return False
 
 
 @contextlib.contextmanager

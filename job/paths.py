@@ -14,14 +14,15 @@ MERGED = "merged/"
 REPORT = "report/"
 CHECKPOINTS = "checkpoints/"
 ATTEMPTS = "attempts/"
+PREPARED = "prepared/"  # tokenized data, for the other machines of the run
 PROBE = ".probe/"
 _CHECKPOINT = re.compile(rf"^{CHECKPOINTS}(\d+)-(\d+)/")
 TRAINING = "training.json"  # beside the adapter: what it was trained on, and how it went
 
 
-def attempt(number: int) -> str:
-    """The log of attempt `number`, in the store."""
-    return f"{ATTEMPTS}{number}.jsonl"
+def attempt(number: int, node: int = 0) -> str:
+    """The log of attempt `number` on machine `node`, in the store."""
+    return f"{ATTEMPTS}{number}{f'-node{node}' if node else ''}.jsonl"
 
 
 def checkpoint(step: int, number: int) -> str:
@@ -51,9 +52,9 @@ class Cache:
     run: str  # what tells this run's files from other runs': a digest of its URL
 
     @classmethod
-    def of(cls, root: Path, run_url: str) -> "Cache":
-        """The cache at `root` as the run at `run_url` sees it."""
-        return cls(root, digest(run_url))
+    def of(cls, root: Path, run_url: str, node: int = 0) -> "Cache":
+        """The cache at `root` as machine `node` of the run at `run_url` sees it; two may have the same disk."""
+        return cls(root, digest(run_url) + (f"-{node}" if node else ""))
 
     def base(self, fingerprint: str) -> Path:
         """A base model, shared by all runs that use it."""

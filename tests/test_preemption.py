@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -45,6 +46,24 @@ def test_training_is_only_told(notice: preemption.Notice) -> None:
         work()
 
     assert done
+
+
+def test_a_time_limit_is_a_request_some_seconds_before_it(notice: preemption.Notice) -> None:
+    """With what is left as the time of grace; nobody has to send a signal."""
+    preemption.limit(time.time() + 1.2, 1.0, notice)
+
+    with pytest.raises(errors.Preempted, match="stopped by the scheduler's time limit"):
+        time.sleep(10)
+
+    assert notice.grace == 1.0
+
+
+def test_a_time_limit_that_is_over_already_stops_nothing(notice: preemption.Notice) -> None:
+    """Clocks differ, and the scheduler knows its own better."""
+    preemption.limit(time.time() + 5, 10.0, notice)
+    time.sleep(0.1)
+
+    assert notice.reason is None
 
 
 def test_nothing_happens_without_a_request(notice: preemption.Notice) -> None:

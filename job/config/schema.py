@@ -8,6 +8,8 @@ from job.config import urls
 from job.config.section import Section, Share
 from job.config.training import Checkpoint, Distributed, Lora, Merge, Train
 
+_DEEPSPEED_MINUTES = 30  # of the groups that it makes, which nothing sets (deepspeed 0.19, utils/groups.py)
+
 
 class Run(Section):
     """What the run is called and where it is kept."""
@@ -147,7 +149,31 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _fits_one_process(self) -> Self:
+    def _fits(self) -> Self:
         processes = self.distributed.processes_per_node
         self.train.accumulation(1 if processes == "auto" else processes)
+        return self
+
+    @model_validator(mode="after")
+    def _strategy_can_do_it(self) -> Self:
+        strategy, optimizer = self.distributed.strategy, self.train.optimizer
+        if strategy.startswith("zero") and optimizer != "adamw_torch":
+            raise ValueError(
+                f"distributed.strategy {strategy} spreads the optimizer's state over the GPUs, which train.optimizer "
+                f"{optimizer} does not allow: use adamw_torch, or strategy ddp or fsdp"
+            )
+        if strategy.startswith("zero") and self.model.compute_dtype == "float16":
+            raise ValueError(
+                f"distributed.strategy {strategy} with model.compute_dtype float16 keeps a loss scale that no "
+                "checkpoint holds: use bfloat16 or float32, or strategy ddp or fsdp"
+            )
+        if strategy.startswith("zero") and self.distributed.timeout_minutes > _DEEPSPEED_MINUTES:
+            raise ValueError(
+                f"DeepSpeed's own processes wait {_DEEPSPEED_MINUTES} minutes for each other and no longer: lower "
+                f"distributed.timeout_minutes, or use strategy ddp or fsdp instead of {strategy}"
+            )
+        if strategy in ("fsdp", "zero3") and self.model.quantization == "int8":
+            raise ValueError(
+                f"distributed.strategy {strategy} cannot share out int8 weights: use quantization nf4, fp4 or none"
+            )
         return self

@@ -101,6 +101,15 @@ class Distributed(Section):
     processes_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """auto: one per GPU, one on the CPU."""
     offload: bool = False
+    """Keep what is shared out in host memory (fsdp, zero2, zero3): slower, for models that do not fit otherwise."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """How long a process may wait for the others before the attempt ends; longer than the longest step."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> Self:
+        if self.offload and self.strategy not in ("fsdp", "zero2", "zero3"):
+            raise ValueError(f"offload needs strategy fsdp, zero2 or zero3, not {self.strategy}")
+        return self
 
 
 class Merge(Section):

@@ -1,6 +1,7 @@
-"""Has the cluster asked us to stop? Signals and the clouds' spot notices become one notice that every step can see."""
+"""Has the cluster asked us to stop? Signals, spot notices and the time limit become one notice that all steps see."""
 
-from job.preemption.notice import RISK, SIGNALS, Notice
+from job.preemption.limit import limit
+from job.preemption.notice import SIGNALS, STOP, Notice
 from job.preemption.spot import Endpoints, watch
 
-__all__ = ["RISK", "SIGNALS", "Endpoints", "Notice", "watch"]
+__all__ = ["SIGNALS", "STOP", "Endpoints", "Notice", "limit", "watch"]

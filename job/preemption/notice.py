@@ -11,11 +11,11 @@ from job import errors, log
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _WAKE = signal.SIGRTMIN  # by which a thread of ours makes the main one look; nobody else sends it
-RISK = signal.SIGRTMIN + 1  # by which the job hands a warning on to the training process
+STOP = signal.SIGPWR  # by which the job hands the request on to those that train; nobody else sends it
 
 
 class Notice:
-    """The request to stop.
+    """The request to stop, or another thread's failure.
 
     Outside training it interrupts at once: everything there is safe to repeat. Inside ``deferred()`` it is
     only remembered, so that the training loop can save at the next step boundary.
@@ -26,25 +26,26 @@ class Notice:
         self.since = 0.0  # when the request came, by time.monotonic()
         self.grace: float | None = None  # seconds from then to the end of the machine, if the cluster said so
         self.at_risk: str | None = None  # why the request may come soon
+        self.failure: errors.JobError | None = None  # of another thread, not raised yet
+        self._failed = threading.Event()
         self._deferred, self._concluded = False, False
-        self._failure: BaseException | None = None
 
     def listen(self) -> None:
         """Take over the signals by which schedulers announce that they will take the machine away."""
-        for number in SIGNALS:
+        for number in (*SIGNALS, STOP):
             signal.signal(number, self._heard)
         signal.signal(_WAKE, self._woken)
-        signal.signal(RISK, lambda _number, _frame: self.warn("so says the job"))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {RISK})  # whoever starts us blocks it until we listen
 
     def check(self) -> None:
-        """Raise `errors.Preempted` if the request has come."""
+        """Raise the failure of another thread, once, or `errors.Preempted` if the request has come."""
+        if failure := self.take():
+            raise failure
         if self.reason:
             raise errors.Preempted(f"stopped by {self.reason}; start the same command again to go on")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only remember the request until the block ends, then honour it."""
+        """Only remember what comes until the block ends, then honour it."""
         self._deferred = True
         try:
             yield
@@ -64,15 +65,30 @@ class Notice:
             self.at_risk = reason
             log.warn("preemption.risk", f"the machine may be taken away soon ({reason})")
 
-    def interrupt(self, failure: BaseException) -> None:
-        """Raise `failure` in the main thread, at once and whatever it does; for other threads."""
-        self._failure = failure
+    def interrupt(self, failure: errors.JobError) -> None:
+        """Raise `failure` in the main thread, like a request; for other threads. The first one counts, which is why.
+
+        That another start owns the run counts more.
+        """
+        if self.failure is None or isinstance(failure, errors.FencedError):
+            self.failure = failure
+        self._failed.set()
         _wake()
+
+    def wait(self, seconds: float) -> None:
+        """Pause for some seconds, or until there is a failure."""
+        self._failed.wait(seconds)
+        self._failed.clear()
+
+    def take(self) -> errors.JobError | None:
+        """The failure of another thread, which is not raised any more."""
+        failure, self.failure = self.failure, None
+        return failure
 
     def conclude(self) -> None:
         """From now on hear nothing: the outcome is certain, and what is left to do takes a moment."""
         self._concluded = True  # before anything else: a signal may come between any two lines
-        for number in (*SIGNALS, _WAKE, RISK):
+        for number in (*SIGNALS, STOP, _WAKE):
             signal.signal(number, signal.SIG_IGN)
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
@@ -80,11 +96,7 @@ class Notice:
             self.check()
 
     def _woken(self, _number: int, _frame: FrameType | None) -> None:
-        if self._concluded:
-            return
-        if self._failure:
-            raise self._failure
-        if not self._deferred:
+        if not self._concluded and not self._deferred:
             self.check()
 
     def _note(self, reason: str) -> bool:
