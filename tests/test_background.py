@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from job import errors
-from job.checkpoint import Background, State
+from job.checkpoint import Background
+from job.checkpoint.state import State
 
 
 class Slow:

@@ -13,20 +13,21 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from job import checkpoint, errors, storage
+from job.checkpoint import state as states
 
 INPUTS = {"base": "b1", "data": "d1"}
 
 
-def loop(kind: type[torch.optim.Optimizer]) -> checkpoint.Loop:
+def loop(kind: type[torch.optim.Optimizer]) -> states.Loop:
     """A network with one trained layer, large enough for 8-bit states, after a step."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
     network[0].requires_grad_(requires_grad=False)
     optimizer = kind([p for p in network.parameters() if p.requires_grad], lr=0.1)
-    return checkpoint.Loop(network, optimizer, LambdaLR(optimizer, lambda step: 1 / (step + 1)), None)
+    return states.Loop(network, optimizer, LambdaLR(optimizer, lambda step: 1 / (step + 1)), None)
 
 
-def step(made: checkpoint.Loop, seed: int) -> None:
+def step(made: states.Loop, seed: int) -> None:
     torch.manual_seed(seed)
     made.optimizer.zero_grad()
     made.network(torch.randn(4, 64)).square().mean().backward()
@@ -47,8 +48,8 @@ def checkpoints(store: storage.Store, tmp_path: Path) -> Callable[..., checkpoin
     return of
 
 
-def state(number: int) -> checkpoint.State:
-    return checkpoint.capture(number, loop(torch.optim.AdamW), "{}", {})
+def state(number: int) -> states.State:
+    return states.capture(number, loop(torch.optim.AdamW), "{}", {})
 
 
 def names(store: storage.Store) -> set[str]:
@@ -65,12 +66,12 @@ def test_training_goes_on_bitwise_where_it_stopped(
         step(whole, seed)
     for seed in range(2):
         step(broken, seed)
-    checkpoints().save(checkpoint.capture(2, broken, "{}", {}), None)
+    checkpoints().save(states.capture(2, broken, "{}", {}), None)
 
     found = checkpoints(attempt=2).latest()
     assert found
-    checkpoint.restore_adapter(found.path, resumed.network)
-    checkpoint.restore_optimizer(found.path, resumed)
+    states.restore_adapter(found.path, resumed.network)
+    states.restore_optimizer(found.path, resumed)
     for seed in range(2, 4):
         step(resumed, seed)
 
@@ -168,18 +169,18 @@ def test_a_checkpoint_is_what_it_was_when_it_was_taken(checkpoints: Callable[...
     """Training goes on while it waits to be written, and changes weights, states and the sums of the log in place."""
     made, sums = loop(torch.optim.AdamW), {"metrics": {"accuracy": [0.5]}}
     step(made, 1)
-    taken = checkpoint.capture(1, made, "{}", sums)
+    taken = states.capture(1, made, "{}", sums)
     weights = {name: tensor.clone() for name, tensor in taken.adapter.items()}
 
     step(made, 2)
     sums["metrics"]["accuracy"].append(0.75)
     checkpoints().save(taken, None)
     before = {name: tensor.data_ptr() for name, tensor in (taken.adapter | taken.optimizer).items()}
-    again = checkpoint.capture(2, made, "{}", sums, taken)
+    again = states.capture(2, made, "{}", sums, taken)
 
     found = checkpoints(2).latest()
     assert found
-    assert checkpoint.unlogged(found.path) == {"metrics": {"accuracy": [0.5]}}
+    assert states.unlogged(found.path) == {"metrics": {"accuracy": [0.5]}}
     kept = load_file(found.path / "adapter.safetensors")
     assert all(torch.equal(kept[name], weights[name]) for name in weights)
     assert {name: tensor.data_ptr() for name, tensor in (again.adapter | again.optimizer).items()} == before
@@ -217,12 +218,28 @@ def test_an_adapter_of_another_shape_is_refused(checkpoints: Callable[..., check
     assert found
 
     with pytest.raises(errors.ModelError, match="does not fit the model"):
-        checkpoint.restore_adapter(found.path, torch.nn.Linear(2, 2))
+        states.restore_adapter(found.path, torch.nn.Linear(2, 2))
 
 
 def test_without_checkpoints_training_starts_anew(checkpoints: Callable[..., checkpoint.Checkpoints]) -> None:
     """An empty store has no latest checkpoint."""
     assert checkpoints().latest() is None
+
+
+def test_a_machine_that_helps_keeps_one_checkpoint(
+    checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store, tmp_path: Path
+) -> None:
+    """The one that the first machine named; a long run would fill its disk."""
+    made = checkpoints()
+    made.save(state(1), None)
+    made.save(state(2), None)
+    helper = checkpoint.Checkpoints(store, 2, INPUTS, 2, tmp_path / "helper" / "scratch")
+    assert helper.named("checkpoints/00000001-1/").step == 1
+
+    found = helper.named("checkpoints/00000002-1/")
+
+    assert found.step == 2
+    assert [path.name for path in found.path.parent.iterdir() if path.is_dir()] == [found.path.name]
 
 
 def test_checkpoints_of_before_a_restart_are_not_gone_on_with(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from job import config, errors
 from job.model import lora, tokenizer, weights
@@ -33,6 +34,64 @@ def test_every_quantization_trains_the_adapter_and_nothing_else(
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert all(p.grad.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)
     assert len(trained) == 2 * 2 * 7
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+FAMILIES = {
+    "plain": LlamaConfig(**SMALL),
+    "tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "with-buffers": Gemma4TextConfig(
+        **SMALL, head_dim=16, global_head_dim=16, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0,
+    ),
+}  # fmt: skip
+
+
+def made(described: PretrainedConfig, folder: Path) -> PreTrainedModel:
+    """A random model, whose buffers are none that a fresh one has."""
+    network = AutoModelForCausalLM.from_config(described)
+    for name, buffer in network.named_buffers():
+        if name in network.state_dict():
+            buffer.fill_(0.37)
+    network.save_pretrained(folder)
+    return network
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_is_loaded_in_pieces_is_the_same(
+    family: str, quantization: str, tmp_path: Path, settings: Callable[..., config.Config]
+) -> None:
+    """Tied embeddings and buffers that are in the files included."""
+    network = made(FAMILIES[family], tmp_path / "base")
+    asked = settings(model={"quantization": quantization, "compute_dtype": "float32"}).model
+    tokens = torch.arange(10)[None]
+
+    found = weights.outline(tmp_path / "base", asked)
+    assert found
+    outline, pieces = found
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    pieces.fill(outline, "")
+    outline.tie_weights()
+
+    whole = weights.for_training(tmp_path / "base", asked, shared=True)
+    assert torch.equal(outline(tokens).logits, whole(tokens).logits)
+    if quantization == "none":
+        assert torch.equal(outline(tokens).logits, network.eval()(tokens).logits)
+
+
+def test_a_base_whose_tied_weights_are_there_twice_is_loaded_as_a_whole(
+    tmp_path: Path, settings: Callable[..., config.Config]
+) -> None:
+    """They may differ, and then transformers does not tie them."""
+    network = made(FAMILIES["plain"], tmp_path / "base")
+    network.config.tie_word_embeddings = True
+    network.config.save_pretrained(tmp_path / "base")
+
+    assert weights.outline(tmp_path / "base", settings().model) is None
 
 
 def test_an_evaluation_leaves_the_gradients_as_they_were(
@@ -109,7 +168,7 @@ def test_a_base_that_is_quantized_already_is_refused(
     packed = tmp_path / "packed"
     weights.for_training(tiny_model, settings(model={"quantization": "nf4"}).model).save_pretrained(packed)
 
-    with pytest.raises(errors.ModelError, match="it is quantized already"):
+    with pytest.raises(errors.ModelError, match="is quantized already"):
         weights.for_training(packed, settings().model)
 
 

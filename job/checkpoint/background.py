@@ -4,10 +4,13 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from job import errors, log
 from job.checkpoint.kept import Checkpoints
-from job.checkpoint.state import State
+
+if TYPE_CHECKING:
+    from job.checkpoint.state import State
 
 _LOOK_SECONDS = 0.2  # how soon a waiting main thread hears a signal
 _PASSING = (errors.StoreError, errors.ConflictError, errors.ChangedError)  # a late write of our own may be in the way
@@ -31,7 +34,7 @@ class Background:
         self.upload = 0.0  # seconds that it took to be safe, from when its turn came
         threading.Thread(target=self._work, daemon=True, name="checkpoints").start()
 
-    def submit(self, state: State, best_step: int | None) -> None:
+    def submit(self, state: "State", best_step: int | None) -> None:
         """Save `state` soon; `best_step` is the step of the best one so far. Raises what `check` does."""
         self.check()
         with self._changed:
@@ -53,7 +56,7 @@ class Background:
         """Whether a state is on its way, or waits for its turn."""
         return self._busy or bool(self._waiting)
 
-    def spare(self) -> State | None:
+    def spare(self) -> "State | None":
         """A state that nobody needs any more, to be overwritten; None if there is none."""
         with self._changed:
             return self._done.pop() if self._done else None
@@ -61,6 +64,10 @@ class Background:
     def expected(self) -> float:
         """Seconds until a state that is submitted now will be safe; 0 if none has been saved yet."""
         return self.upload * (1 + self._busy + len(self._waiting))
+
+    def failed(self) -> bool:
+        """Whether `check` would raise."""
+        return self._failure is not None
 
     def check(self) -> None:
         """Raise the error, if there was one, that no further checkpoint could get around."""
@@ -105,14 +112,14 @@ class Background:
                 if failure:
                     return
 
-    def _next(self) -> tuple[State, int | None]:
+    def _next(self) -> "tuple[State, int | None]":
         with self._changed:
             while not self._waiting:
                 self._changed.wait()
             self._busy = True
             return self._waiting.pop(0)
 
-    def _save(self, state: State, best_step: int | None) -> Exception | None:
+    def _save(self, state: "State", best_step: int | None) -> Exception | None:
         begun = time.monotonic()
         try:
             self._checkpoints.save(state, best_step)

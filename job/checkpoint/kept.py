@@ -1,20 +1,27 @@
 """The checkpoints of a run in the store: save one, find the newest that is whole, forget the old ones."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from job import errors, log, manifest, paths, storage
-from job.checkpoint.state import State, inputs, write
+
+if TYPE_CHECKING:
+    from job.checkpoint.state import State
+
+STATE = "state.json"  # the file that names the inputs
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint on the local disk, verified."""
+    """The checkpoint `name` on the local disk, verified."""
 
     step: int
     path: Path
+    name: str
 
 
 class Checkpoints:
@@ -28,7 +35,7 @@ class Checkpoints:
         self._scratch, self._confirm = scratch, confirm
         self._began = int(inputs.get("began", 0))  # older attempts are of the run before a restart
 
-    def save(self, state: State, best_step: int | None) -> None:
+    def save(self, state: "State", best_step: int | None) -> None:
         """Write, upload and seal `state`; afterwards remove what neither retention nor `best_step` keeps.
 
         Raises `errors.ModelError` if the adapter is not finite: such a state is never kept.
@@ -36,7 +43,7 @@ class Checkpoints:
         local = self._scratch / f"save-{state.step}"
         shutil.rmtree(local, ignore_errors=True)
         local.mkdir(parents=True)
-        write(state, self._inputs, local)
+        state.write(self._inputs, local)
         whole = storage.push(self._store, local, paths.checkpoint(state.step, self._attempt), self._confirm)
         log.event(
             "checkpoint.saved",
@@ -72,6 +79,15 @@ class Checkpoints:
                 return found
         return None
 
+    def named(self, name: str) -> Found:
+        """The checkpoint that another machine of this attempt found; raises `errors.StoreError` if it is gone."""
+        at = paths.parsed(name)
+        target = self._here(name)
+        if at is None or storage.fetch(self._store, name, target) is None:
+            raise errors.StoreError(f"{self._store.url}/{name} is not whole although it was a moment ago; start again")
+        self._only_here(target)
+        return Found(at.step, target, name)
+
     def at(self, step: int) -> Found:
         """The checkpoint of `step`; raises `errors.PermanentError` if it is gone."""
         for name, number in reversed(self._sealed()):
@@ -99,7 +115,7 @@ class Checkpoints:
             self._quarantine(name, "is incomplete")
             return None
         self._same_inputs(target, name)
-        return Found(step, target)
+        return Found(step, target, name)
 
     def _here(self, name: str) -> Path:
         return self._scratch.parent / paths.CHECKPOINTS / name.removeprefix(paths.CHECKPOINTS).rstrip("/")
@@ -109,8 +125,12 @@ class Checkpoints:
         (local / manifest.NAME).write_bytes(whole.to_json())
         with storage.alone(self._here(name)) as place:
             place.fill(local)
-        for older in self._here(name).parent.iterdir():
-            if older != self._here(name) and older.is_dir():
+        self._only_here(self._here(name))
+
+    @staticmethod
+    def _only_here(newest: Path) -> None:
+        for older in newest.parent.iterdir():
+            if older != newest and older.is_dir():
                 shutil.rmtree(older)
 
     def _quarantine(self, name: str, why: str) -> None:
@@ -128,7 +148,7 @@ class Checkpoints:
         )
 
     def _same_inputs(self, directory: Path, name: str) -> None:
-        theirs = inputs(directory)
+        theirs: dict[str, str] = json.loads((directory / STATE).read_text(encoding="utf-8"))["inputs"]
         for what, digest in self._inputs.items():
             if theirs.get(what, "0" if what == "began" else None) != digest:
                 raise errors.ModelError(

@@ -1,5 +1,6 @@
 """The adapter's shape: which layers of a loaded model get one, found in the model and never in a list of names."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from job import config, errors, log
 
 _ATTENTION = ("attn", "attention")
+_FIRST, _SECOND = ".lora_A.", ".lora_B."  # the factors, in the order in which the inputs meet them
 
 
 def adapted(network: PreTrainedModel, lora: config.Lora) -> PeftModel:
-    """Freeze `network` and add a fresh LoRA adapter in float32; every rank draws the same one from torch's seed.
+    """Freeze `network` and add a LoRA adapter in float32, which `draw` gives its first values.
 
     Raises `errors.ModelError` if the targets match no layer, or one of the given names does not.
     """
@@ -36,6 +38,20 @@ def adapted(network: PreTrainedModel, lora: config.Lora) -> PeftModel:
         layers=len(targets), trainable=trainable, total=total,
     )  # fmt: skip
     return wrapped
+
+
+def draw(network: nn.Module, seed: int) -> None:
+    """Give a fresh adapter its first values: a function of `seed`, the same in every process and on every device.
+
+    A is drawn evenly from -1/sqrt(n) to 1/sqrt(n) for n inputs, as PEFT does it (Kaiming with a = sqrt(5)); B is zero.
+    """
+    drawn = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(network.named_parameters()):
+        if _FIRST in name:
+            values = torch.rand(parameter.shape, generator=drawn) * 2 - 1
+            parameter.data.copy_(values / math.sqrt(parameter.shape[1]))
+        elif _SECOND in name:
+            parameter.data.zero_()
 
 
 def in_float32(network: nn.Module) -> None:

@@ -6,9 +6,15 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from job import config, errors
+from job.model import pieces
+from job.model.pieces import Pieces
+
+# What transformers raises for a model that it cannot load.
+_UNUSABLE = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)
 
 
 def compute_dtype(wanted: str) -> torch.dtype:
@@ -20,18 +26,35 @@ def compute_dtype(wanted: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def for_training(base: Path, settings: config.Model) -> PreTrainedModel:
+def for_training(base: Path, settings: config.Model, *, shared: bool = False) -> PreTrainedModel:
     """Load the model at `base` as `settings` ask: quantized, on this process's GPU (or the CPU).
+
+    Quantized weights that are to be `shared` among processes are stored as numbers of the compute dtype, which torch
+    and DeepSpeed can cut in pieces.
 
     Raises `errors.ModelError` if transformers cannot load it.
     """
     dtype = compute_dtype(settings.compute_dtype)
     loaded = _load(
-        base, settings, dtype=dtype, quantization_config=_quantization(settings, dtype),
-        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        base, settings, dtype=dtype, quantization_config=_quantization(settings, dtype, shared=shared),
+        device_map=None if is_deepspeed_zero3_enabled() else {"": _device()},  # type: ignore[no-untyped-call]
     )  # fmt: skip
     _keep_differentiable(loaded)
     return loaded
+
+
+def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces] | None:
+    """The same without its weights, and where they are, to be shared out; None if transformers must load it whole."""
+    dtype = compute_dtype(settings.compute_dtype)
+    described = _described(base, settings)
+    files = Pieces(base, torch.device(_device()), dtype)
+    how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
+    found = pieces.outline(described, dtype, _quantization(settings, dtype, shared=True), **how)
+    kept_apart = found._keep_in_fp32_modules or found._keep_in_fp32_modules_strict  # noqa: SLF001 - transformers' names
+    if kept_apart or not files.fit(found):
+        return None
+    _keep_differentiable(found)
+    return found, files
 
 
 def for_merging(base: Path, settings: config.Model, dtype: str) -> PreTrainedModel:
@@ -40,25 +63,34 @@ def for_merging(base: Path, settings: config.Model, dtype: str) -> PreTrainedMod
 
 
 def _load(base: Path, settings: config.Model, **how: Any) -> PreTrainedModel:  # noqa: ANN401 - the border to transformers
-    attention = None if settings.attention == "auto" else settings.attention
     try:
-        described = AutoConfig.from_pretrained(
-            base, trust_remote_code=settings.trust_remote_code, local_files_only=True
-        )
-        if getattr(described, "quantization_config", None):
-            raise ValueError(f"it is quantized already ({described.quantization_config}); use the original weights")  # noqa: TRY301 - same message for all
         loaded = AutoModelForCausalLM.from_pretrained(
             base,
-            config=described,
-            attn_implementation=attention,
+            config=_described(base, settings),
+            attn_implementation=_attention(settings),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=settings.trust_remote_code,
             **how,
         )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError) as e:
+    except _UNUSABLE as e:
         raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
     return cast("PreTrainedModel", loaded)
+
+
+def _described(base: Path, settings: config.Model) -> PretrainedConfig:
+    how = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
+    try:
+        described = AutoConfig.from_pretrained(base, **how)
+    except _UNUSABLE as e:
+        raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
+    if getattr(described, "quantization_config", None):
+        raise errors.ModelError(f"model.base: the model in {base} is quantized already: use the original weights")
+    return cast("PretrainedConfig", described)
+
+
+def _attention(settings: config.Model) -> str | None:
+    return None if settings.attention == "auto" else settings.attention
 
 
 def _keep_differentiable(network: PreTrainedModel) -> None:
@@ -72,7 +104,11 @@ def _keep_differentiable(network: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(settings: config.Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _device() -> int | str:
+    return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+
+
+def _quantization(settings: config.Model, dtype: torch.dtype, *, shared: bool) -> BitsAndBytesConfig | None:
     if settings.quantization == "none":
         return None
     how: dict[str, Any] = {"load_in_8bit": True}
@@ -82,5 +118,6 @@ def _quantization(settings: config.Model, dtype: torch.dtype) -> BitsAndBytesCon
             "bnb_4bit_quant_type": settings.quantization,
             "bnb_4bit_use_double_quant": settings.double_quant,
             "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": dtype if shared else torch.uint8,
         }
     return BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]

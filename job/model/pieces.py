@@ -1,0 +1,92 @@
+"""The base model piece by piece: an outline without weights, and the weights of one module when they are wanted.
+
+So a model that no GPU could hold whole is shared out while it is loaded. Every process reads the same files, through
+the page cache that they share, and no process holds more than a layer that it does not keep.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+_WRAPPED = ("base_model.model.", ".base_layer")  # what PEFT adds to a name
+
+
+class Pieces:
+    """The weights in the safetensors files of `base`, and on which device they are wanted, in which number format."""
+
+    def __init__(self, base: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._files: dict[str, Path] = {}
+        for path in sorted(base.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+
+    def fit(self, network: nn.Module) -> bool:
+        """Whether every weight of `network` is there under its own name; tied ones may lack.
+
+        It is not so for families whose weights transformers converts while loading, and not where tied weights are in
+        the files twice: whether they are the same, transformers finds out.
+        """
+        own = {name for name, _ in network.named_parameters()}
+        tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - own
+        return own <= self._files.keys() and not tied & self._files.keys()
+
+    def fill(self, module: nn.Module, prefix: str) -> None:
+        """Load the weights of `module`, which is called `prefix` in the network, as far as they are still missing.
+
+        Those of an adapter get memory, and no values yet.
+        """
+        for name, parameter in [(name, each) for name, each in module.named_parameters() if each.is_meta]:
+            owner, _, leaf = name.rpartition(".")
+            if parameter.requires_grad:
+                made = nn.Parameter(torch.empty_like(parameter, device=self._device))
+            else:
+                made = self._loaded(parameter, _plain(f"{prefix}.{name}" if prefix else name))
+            setattr(module.get_submodule(owner), leaf, made)
+        for name, buffer in list(module.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            holder, key = module.get_submodule(owner), _plain(f"{prefix}.{name}" if prefix else name)
+            kept = key in self._files and leaf not in holder._non_persistent_buffers_set  # noqa: SLF001 - torch tells nowhere else
+            setattr(holder, leaf, (self._read(key).to(buffer.dtype) if kept else buffer).to(self._device))
+
+    def _loaded(self, outline: nn.Parameter, key: str) -> nn.Parameter:
+        value = self._read(key).to(self._dtype)
+        if isinstance(outline, bnb.nn.Params4bit):
+            made = bnb.nn.Params4bit(value, requires_grad=False, **outline.__dict__)
+            return cast("nn.Parameter", made.to(self._device))  # which quantizes it
+        return nn.Parameter(value.to(self._device), requires_grad=False)
+
+    def _read(self, key: str) -> torch.Tensor:
+        with safe_open(self._files[key], "pt") as file:
+            value: torch.Tensor = file.get_tensor(key)
+        return value
+
+
+def outline(
+    described: PretrainedConfig, dtype: torch.dtype, quantization: BitsAndBytesConfig | None, **how: object
+) -> PreTrainedModel:
+    """The modules of the model that `described` is the config of, quantized where they will be, without weights."""
+    with init_empty_weights(include_buffers=False):
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(described, dtype=dtype, **how)  # type: ignore[no-untyped-call]
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model=network, device_map=None)
+        quantizer.postprocess_model(network)
+        network.hf_quantizer = quantizer
+    network.tie_weights()  # which `init_empty_weights` undoes
+    network.requires_grad_(requires_grad=False)
+    network.eval()  # type: ignore[no-untyped-call]
+    return network
+
+
+def _plain(name: str) -> str:
+    for part in _WRAPPED:
+        name = name.replace(part, "")
+    return name
