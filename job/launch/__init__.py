@@ -1,0 +1,19 @@
+"""Start training on every GPU of this machine, and see it to its end.
+
+What the processes make is in ``task.out``; how each of them ended is in ``task.outcomes()``.
+"""
+
+from job.launch.processes import die_with, digests, over, task, training
+from job.launch.strategy import choose
+from job.launch.team import environment, team
+
+__all__ = [
+    "choose",
+    "die_with",
+    "digests",
+    "environment",
+    "over",
+    "task",
+    "team",
+    "training",
+]

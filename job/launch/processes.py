@@ -1,0 +1,227 @@
+"""Start training as processes of its own and see them to their end, whatever ends them."""
+
+import ctypes
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from job import config, errors, log, manifest, paths, preemption
+from job.config import Config
+from job.inputs import AFTER_A_LOSS, Base, Outcome, Prepared, Start, Task, Team
+from job.preemption import Notice
+
+_POLL_SECONDS = 0.2
+_KILL_SECONDS = 20.0  # after that a process that was killed hangs in the kernel, mostly in a driver
+_LATER_SECONDS = 1.0  # than the processes themselves give up
+_REASON_SECONDS = 30.0  # longer than another machine needs to say why it ends, or is silent before it is taken for dead
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def digests(settings: Config, start: Start, base: Base, data: Prepared) -> dict[str, str]:
+    """What a checkpoint must have been made from to be gone on with."""
+    return {"base": base.digest, "data": data.digest, "config": config.digest(settings), "began": str(start.began)}
+
+
+def task(
+    settings: Config, start: Start, team: Team, base: Base, data: Prepared, resumed: Path | None, cache: paths.Cache
+) -> Task:
+    """What the training processes are told; the place of their result is that of these inputs and no others."""
+    inputs = digests(settings, start, base, data)
+    out = cache.work(f"trained-{paths.digest(json.dumps(inputs))}")
+    scratch = cache.work(f"attempt-{start.attempt}")
+    return Task(settings, start, team, base.path, data.path, out, scratch, cache.log(), inputs, resumed)
+
+
+def over(given: Task) -> bool:
+    """Whether the result of `given` is on this machine already."""
+    if manifest.sealed(given.out):
+        log.event("launch.over", "trained already, on this machine")
+        return True
+    return False
+
+
+def training(
+    command: Sequence[str],
+    given: Task,
+    environ: Mapping[str, str],
+    notice: Notice,
+    meeting: socket.socket | None = None,
+) -> None:
+    """Train on the task `given`, pass a request to stop on to the processes that do, and wait until they are gone.
+
+    `command` starts one of them; rank 0 lets the others find it at `meeting`, and where it is, the folder of the result
+    is sealed then. Raises `errors.Preempted` when they stopped on request, `errors.WorkerError` with the status of the
+    first one that failed, and `errors.PeerError` when they lost those of another machine.
+    """
+    for left in given.scratch.parent.glob("attempt-*"):  # by starts that were killed
+        shutil.rmtree(left)
+    told = given.scratch / "task.json"
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(given.to_json(), encoding="utf-8")
+    with notice.deferred():
+        running: dict[int, subprocess.Popen[bytes]] = {}
+        try:
+            for local in range(given.team.processes):
+                running[given.team.rank(local)] = _start(
+                    [*command, "--parent", str(os.getpid())], given, environ, local, meeting, told
+                )
+            if meeting:
+                meeting.close()  # rank 0 has it
+            _see_to_the_end(running, given, notice)
+        finally:  # also when another attempt owns the run now: not one more checkpoint
+            _end(running)
+        failure = notice.take()
+        if isinstance(failure, errors.FencedError):
+            raise failure
+        if _failed(given):  # ours count more than those of other machines, or that the job was asked to stop
+            _judge(given)
+        if failure and not _done(given):
+            raise failure
+    _judge(given)
+
+
+def _judge(given: Task) -> None:
+    """Raise what the processes on this machine ended with, if they did not end well."""
+    team, outcomes = given.team, given.outcomes()
+    if failed := _failed(given):
+        raise errors.WorkerError(_told(failed[0], team), failed[0].status)
+    if lost := [outcome for outcome in outcomes if outcome.lost]:
+        if team.nodes == 1:
+            raise errors.WorkerError(lost[0].why, errors.FAILED)
+        time.sleep(_REASON_SECONDS)  # interrupted by the reason, if another machine tells it
+        raise errors.PeerError(f"{lost[0].why}. Start again on all nodes to go on")
+    if any(outcome.status == errors.AGAIN for outcome in outcomes):
+        raise errors.Preempted("training was stopped; start the same command again to go on")
+
+
+def die_with(parent: int) -> None:
+    """End this process when `parent` dies: a training whose job is gone must not go on writing checkpoints."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before prctl
+        raise errors.JobError("the process that started this training is gone")
+
+
+def _start(
+    command: Sequence[str],
+    given: Task,
+    environ: Mapping[str, str],
+    local: int,
+    meeting: socket.socket | None,
+    told: Path,
+) -> "subprocess.Popen[bytes]":
+    """One process of the team, told its place as torchrun would."""
+    team, more, opened = given.team, {}, []
+    if team.grouped:
+        place = {
+            "RANK": team.rank(local), "LOCAL_RANK": local, "WORLD_SIZE": team.size,
+            "LOCAL_WORLD_SIZE": team.processes, "GROUP_RANK": team.node,
+            "MASTER_ADDR": team.first, "MASTER_PORT": team.port,
+        }  # fmt: skip
+        more = {name: str(value) for name, value in place.items()}
+    if meeting and team.rank(local) == 0:
+        opened = [meeting.fileno()]
+    listening = ["--listening", str(opened[0])] if opened else []
+    return subprocess.Popen([*command, *listening, str(told)], env={**environ, **more}, pass_fds=opened)  # noqa: S603 - our own command line
+
+
+def _see_to_the_end(running: Mapping[int, "subprocess.Popen[bytes]"], given: Task, notice: Notice) -> None:
+    """Wait until all have ended, or one is lost and the others, which wait for it in vain, had some time.
+
+    Not longer than the cluster does, and not at all when another attempt owns the run.
+    """
+    told, warned, over, until, looked = False, False, False, math.inf, time.time()
+    while True:
+        now = time.time()
+        alive = _alive(running, given, looked, notice)
+        looked = now
+        if not alive or time.monotonic() > until or isinstance(notice.failure, errors.FencedError):
+            return
+        if not told and not over and (notice.failure or _over(given)):  # once told, a checkpoint has what time there is
+            over, until = True, time.monotonic() + AFTER_A_LOSS
+        if notice.reason and not told:
+            told = True
+            if notice.grace is not None:
+                given.allow(notice.grace)
+            for process in alive:
+                process.send_signal(preemption.STOP)
+            # one that stands still does not hear it, nor one that waits in vain for another that did
+            until = min(until, notice.since + given.grace + _LATER_SECONDS)
+        elif notice.at_risk and not warned:
+            warned = True
+            given.warn()
+        notice.wait(_POLL_SECONDS)
+
+
+def _alive(
+    running: Mapping[int, "subprocess.Popen[bytes]"], given: Task, looked: float, notice: Notice
+) -> "list[subprocess.Popen[bytes]]":
+    """Those that still run. Of one that does not its end is kept, as of when it was `looked` at last.
+
+    So it comes before the ends that it caused.
+    """
+    alive = [process for process in running.values() if process.poll() is None]
+    for rank, process in running.items():
+        if process.returncode is not None:
+            given.ended(_silent(rank, process.returncode, looked, given.team, asked=notice.reason is not None))
+    return alive
+
+
+def _end(running: Mapping[int, "subprocess.Popen[bytes]"]) -> None:
+    for process in running.values():
+        process.kill()
+    until = time.monotonic() + _KILL_SECONDS
+    for rank, process in running.items():
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            log.warn("launch.undead", f"rank {rank} (process {process.pid}) is held by the kernel and does not end")
+
+
+def _over(given: Task) -> bool:
+    """Whether those that still run have nothing left to do: one was lost, or all have said how they end."""
+    outcomes = given.outcomes()
+    return len(outcomes) == given.team.processes or bool(_failed(given)) or any(outcome.lost for outcome in outcomes)
+
+
+def _done(given: Task) -> bool:
+    """Whether all processes on this machine have done what there was to do."""
+    outcomes = given.outcomes()
+    return len(outcomes) == given.team.processes and all(outcome.status == errors.DONE for outcome in outcomes)
+
+
+def _failed(given: Task) -> list[Outcome]:
+    return [outcome for outcome in given.outcomes() if outcome.status not in (errors.DONE, errors.AGAIN)]
+
+
+def _silent(rank: int, status: int, time: float, team: Team, *, asked: bool) -> Outcome:
+    """The end of a process that said nothing. NCCL aborts one whose connection to another process is lost."""
+    if asked and -status in (*preemption.SIGNALS, preemption.STOP):  # before it could hear it
+        return Outcome(rank, errors.AGAIN, _killed(status), time)
+    if status == -signal.SIGABRT and team.size > 1:
+        return Outcome(
+            rank, errors.AGAIN, f"rank {rank} was aborted by torch, which lost another process", time, lost=True
+        )
+    return Outcome(rank, errors.FAILED, _killed(status), time)
+
+
+def _killed(status: int) -> str:
+    """What to tell of a process that ended with `status` and without a word."""
+    if status >= 0:
+        return f"training ended with status {status} and said nothing"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # one of the real-time signals
+        name = f"signal {-status}"
+    why = "; the kernel kills so when memory runs out" if name == "SIGKILL" else ""
+    return f"training was killed by {name}{why}"
+
+
+def _told(failed: Outcome, team: Team) -> str:
+    return failed.why if team.size == 1 else f"rank {failed.rank} of {team.size}: {failed.why}"
