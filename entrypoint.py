@@ -1,68 +1,97 @@
 #!/usr/bin/env python3
 """The job: pull, prepare, train, merge, publish. Start it as often as you like; it does what is still missing.
 
-This file knows the order of the steps, reads the environment, and turns errors into exit statuses; nothing else does.
+This file knows the order of the steps, reads the environment, and is the command line; nothing else does.
 """
 
+import dataclasses
 import json
 import os
 import shutil
 import sys
-import traceback
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from job import errors, log, preemption
+from job import cli, errors, log, preemption
 
 if TYPE_CHECKING:
+    from job import cluster
     from job.config import Config
+    from job.inputs import Base, Start, Team
+    from job.lease import Lease
     from job.paths import Cache
     from job.storage import Store
 
 _PROJECT = "finetune-job"
 
 
-def story(
-    config: "Config", environ: Mapping[str, str], worker: list[str], notice: preemption.Notice, after: ExitStack, *,
-    restart: bool,
-) -> None:  # fmt: skip
-    """Do what is missing of the run, in order; return when all of it is in the store.
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """What this machine works with: what it was told, the run's store, its own disk, and those that train with it."""
 
-    `worker` is the command that trains; what is added to `after` is done at the very end, however it ends.
-    """
-    from job import attempts, claim, inputs, launch, lease, paths, publish, pull, report, storage
+    machine: cli.Machine
+    store: "Store"
+    cache: "Cache"
+    team: "Team"
+    peers: "cluster.Alone"
 
-    launch.check(config)
-    store, cache = storage.connect(config.run.url), _cache(config, environ)
-    if not restart and _over(store, cache, config, claim.agree(store, config), notice):
+
+def story(machine: cli.Machine, *, restart: bool = False) -> None:
+    """Do what is missing of the run; return when all of it is in the store."""
+    from job import claim, cluster, config, launch, storage
+
+    settings, notice = machine.config, machine.notice
+    where, gpus = cluster.discover(machine.environ), cluster.gpus(machine.environ)
+    if where.spare:
+        log.event("cluster.spare", "another process of this machine does the work, and starts those it needs")
         return
-    store = storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
+    team = launch.team(settings, where, len(gpus))
+    store, cache = storage.connect(settings.run.url), _cache(settings, machine.environ, where.rank)
+    if not restart and _over(store, cache, settings, claim.agree(store, settings), notice):
+        return
+    preemption.watch(preemption.Endpoints.of(machine.environ), notice)
+    if where.ends:
+        preemption.limit(where.ends, settings.checkpoint.grace_seconds, notice)
+
+    def asked(why: str) -> None:
+        notice.request(why, settings.checkpoint.grace_seconds)
+
+    digest = config.digest(settings)
+    with cluster.join(where, settings.run.url, digest, len(gpus), asked, notice.interrupt) as peers:
+        if where.rank:
+            help_out(Here(machine, store, cache, team, peers))
+        else:
+            lead(Here(machine, store, cache, team, peers), restart=restart)
+
+
+def lead(here: Here, *, restart: bool) -> None:
+    """Do it in order, as the machine that owns the run; the others train with it."""
+    from job import attempts, claim, inputs, lease, paths, publish, pull, report, storage
+
+    config, notice, after = here.machine.config, here.machine.notice, here.machine.after
+    cache = here.cache
+    store = storage.checked(here.store, paths.PROBE, required=config.run.conditional_writes == "required")
     pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
     owner, attempt = lease.take(store, config.run.lease_seconds, after)
-    preemption.watch(preemption.Endpoints.of(environ), notice)
     began = claim.claim(store, config, attempt, owner.confirm, restart=restart)
     if _over(store, cache, config, began, notice):  # by the start that owned it until now
         return
     log_file = log.to_file(cache.log(), anew=True)
     attempts.begin(store, log_file, attempt, publish.progress(store, began), config.run.give_up_after)
     owner.keep(notice.interrupt, attempts.Witness(store, log_file, attempt))
-    after.callback(attempts.keep, store, log_file, attempt, owner.confirm)
+    after.callback(attempts.keep, store, log_file, paths.attempt(attempt), owner.confirm)
     log.phase("pull")
+    trained = publish.trained(store, began)
+    if trained:
+        here.peers.release()
+    else:
+        here.peers.tell(pull=True)
     base = pull.base(config, cache)
-    if not publish.trained(store, began):
-        train, evaluation = pull.data(config.data.train, cache), pull.data(config.data.eval, cache)
-        log.phase("prepare")
-        from job import prepare
-
-        data = prepare.dataset(config, base, train, evaluation, cache, after)
-        log.phase("load")
+    if not trained:
         start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
-        with publish.tidied(store, attempt, notice):
-            made = launch.training(worker, launch.task(config, start, base, data, cache), environ, notice)
+        made = train(dataclasses.replace(here, store=store), owner, start, base)
+        here.peers.release()
         log.phase("publish")
         publish.directory(store, made / "report", paths.REPORT, owner.confirm)
         publish.directory(store, made / "adapter", paths.ADAPTER, owner.confirm)
@@ -86,144 +115,101 @@ def story(
     _say_done("done", config, record)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option("0.1.0", prog_name=_PROJECT)
-def cli() -> None:
-    """Fine-tune a language model with LoRA or QLoRA as a batch job that survives preemption.
+def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
+    """Train as the first of the machines, from the latest checkpoint on; returns the folder of the result."""
+    from job import checkpoint, cluster, launch, paths, publish, pull
 
-    Exit statuses: 0 done; 64 permanent, change something first; 75 stopped on request, start me again; 1 anything
-    else, may work next time.
-    """
+    config, machine, store, cache, peers = here.machine.config, here.machine, here.store, here.cache, here.peers
+    files = pull.data(config.data.train, cache), pull.data(config.data.eval, cache)
+    log.phase("prepare")
+    from job import prepare
 
-
-_config = click.argument("config", type=click.Path(path_type=Path))
-_set = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the config, for example train.epochs=1.",
-)
-_debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-
-
-@cli.command()
-@_config
-@_set
-@click.option("--restart", is_flag=True, help="Begin the run anew; what it published stays until it is replaced.")
-@_json
-@_debug
-def run(config: Path, overrides: tuple[str, ...], restart: bool, as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
-    """Do what is still missing of the run in CONFIG; exit 0 at once if nothing is."""
-
-    def job(notice: preemption.Notice, after: ExitStack) -> None:
-        worker = [sys.executable, str(Path(__file__).resolve()), "worker", "--parent", str(os.getpid())]
-        told = [*worker, *(["--json"] if as_json else [])]
-        story(_read(config, overrides), os.environ, told, notice, after, restart=restart)
-
-    _conclude(job, as_json=as_json, debug=debug)
+    data = prepare.dataset(config, base, *files, cache, machine.after)
+    log.phase("load")
+    gpus = cluster.gpus(machine.environ)
+    strategy = launch.choose(config, base.path, here.team, cluster.memory(gpus))
+    team = dataclasses.replace(here.team, strategy=strategy)
+    meeting = machine.after.enter_context(cluster.listen(here=team.nodes == 1)) if team.grouped else None
+    if meeting:
+        team = dataclasses.replace(team, port=meeting.getsockname()[1])
+    made_from = launch.digests(config, start, base, data)
+    kept = checkpoint.Checkpoints(
+        store, start.attempt, made_from, config.checkpoint.keep, cache.work("attempt"), owner.confirm
+    )
+    resumed = kept.latest()
+    task = launch.task(config, start, team, base, data, resumed.path if resumed else None, cache)
+    if launch.over(task):
+        return task.out
+    if team.nodes > 1:
+        publish.directory(store, data.path, paths.PREPARED, owner.confirm)
+    peers.gather()
+    name = resumed.name if resumed else None
+    peers.tell(start=dataclasses.asdict(start), team=dataclasses.asdict(team), inputs=made_from, resumed=name)
+    peers.await_ready()
+    environ = launch.environment(machine.environ, team, gpus, peers.address)
+    with publish.tidied(store, start.attempt, machine.notice):
+        launch.training(machine.command, task, environ, machine.notice, meeting)
+    return task.out
 
 
-@cli.command()
-@_config
-@_set
-@click.option("--offline", is_flag=True, help="Check the file only, not what it points at.")
-@_json
-@_debug
-def validate(config: Path, overrides: tuple[str, ...], offline: bool, as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
-    """Check CONFIG, and that the base model, the data and the store can be reached; change nothing."""
+def help_out(here: Here) -> None:
+    """Train with the first machine when it says so, and stay until it has published: to be needed again is possible."""
+    from job import attempts, checkpoint, cluster, inputs, launch, paths, pull
 
-    def job(_notice: preemption.Notice, _after: ExitStack) -> None:
-        from job import launch
-
-        checked = _read(config, overrides)
-        try:
-            launch.check(checked)
-        except errors.ConfigError as e:
-            log.warn("validate.later", str(e))
-        if not offline:
-            _reach(checked)
-        if as_json:
-            click.echo(json.dumps(checked.model_dump(mode="json"), indent=1, ensure_ascii=False))
-        else:
-            log.event(
-                "validate.ok", f"{config} is valid" + ("" if offline else ", and all that it names can be reached")
+    machine, config, store, cache, first = here.machine, here.machine.config, here.store, here.cache, here.peers
+    pull.preflight(config, cache, machine.after, helps=True)
+    log_file = log.to_file(cache.log(), anew=True)
+    told = first.hear()
+    if "pull" in told:
+        log.phase("pull")
+        base = pull.base(config, cache)
+        told = first.hear()
+    if "start" in told:
+        start = inputs.Start(**told["start"])
+        place = paths.attempt(start.attempt, here.team.node)
+        machine.after.callback(attempts.keep, store, log_file, place, lambda: None)
+        data = pull.prepared(store, told["inputs"]["data"], cache)
+        if launch.digests(config, start, base, data) != told["inputs"]:
+            raise errors.ModelError(
+                f"model.base {base.url} is not on this node what it is on the first: pin its revision"
             )
-
-    _conclude(job, as_json=False, debug=debug)
-
-
-@cli.command(hidden=True)
-@click.argument("task", type=click.Path(path_type=Path))
-@click.option("--parent", type=int, required=True)
-@_json
-@_debug
-def worker(task: Path, parent: int, as_json: bool, debug: bool) -> None:  # noqa: FBT001 - click's flags
-    """Train, as a process that `run` started."""
-
-    def job(notice: preemption.Notice, _after: ExitStack) -> None:
-        from job import inputs, launch
-
-        launch.die_with(parent)
-        told = inputs.Task.from_json(task.read_text(encoding="utf-8"))
-        log.to_file(told.log)
-        from job import train
-
-        train.train(told, notice)
-
-    _conclude(job, as_json=as_json, debug=debug, alone=False)
+        kept = checkpoint.Checkpoints(
+            store, start.attempt, told["inputs"], config.checkpoint.keep, cache.work("attempt")
+        )
+        resumed = kept.named(told["resumed"]).path if told["resumed"] else None
+        team = dataclasses.replace(inputs.Team(**told["team"]), node=here.team.node)
+        task = launch.task(config, start, team, base, data, resumed, cache)
+        environ = launch.environment(machine.environ, team, cluster.gpus(machine.environ), first.address)
+        log.event(
+            "node.train", f"training as node {here.team.node} of {here.team.nodes}; the first one tells how it goes"
+        )
+        first.ready()
+        launch.training(machine.command, task, environ, machine.notice)
+    while "done" not in told:
+        told = first.hear()
+    machine.notice.conclude()
+    shutil.rmtree(cache.work(""), ignore_errors=True)
+    log.event("run.done", f"done: the results are in {store.url}", status=errors.DONE)
 
 
-def _conclude(
-    job: Callable[[preemption.Notice, ExitStack], None], *, as_json: bool, debug: bool, alone: bool = True
-) -> None:
-    """Run `job` and end the process with the status that its outcome stands for.
+def look(machine: cli.Machine, *, restart: bool = False) -> None:
+    """See whether the run could begin, and change nothing."""
+    from job import claim, cluster, launch, paths, pull, storage
 
-    A process that is not `alone` leaves it to the one that started it to say that the job was stopped.
-    """
-    log.to_people(sys.stderr, as_json=as_json)
-    notice = preemption.Notice()
-    notice.listen()
-    with ExitStack() as after:
-        try:
-            try:
-                job(notice, after)
-            finally:
-                notice.conclude()
-            status = errors.DONE
-        except (Exception, errors.Preempted) as e:  # noqa: BLE001 - the one place where errors become statuses
-            notice.conclude()  # again, if a request came in the moment before the first time
-            status, message = errors.explain(e)
-            if alone or not isinstance(e, errors.Preempted):
-                say = log.warn if status == errors.AGAIN else log.error
-                say("run.end", message, status=status, traceback=traceback.format_exc())
-            if debug:
-                traceback.print_exc()
-    sys.exit(status)
-
-
-def _read(path: Path, overrides: tuple[str, ...]) -> "Config":
-    from job import config
-
-    return config.read(path, overrides)
-
-
-def _reach(config: "Config") -> None:
-    from job import claim, paths, pull, storage
-
+    config = machine.config
+    launch.team(config, cluster.discover(machine.environ), len(cluster.gpus(machine.environ)))
     store = storage.connect(config.run.url)
-    claim.agree(store, config)
+    if not restart:
+        claim.agree(store, config)
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
-    with ExitStack() as keep:
-        pull.preflight(config, _cache(config, os.environ), keep, look=True)
+    pull.preflight(config, _cache(config, machine.environ), machine.after, look=True)
 
 
-def _cache(config: "Config", environ: Mapping[str, str]) -> "Cache":
+def _cache(config: "Config", environ: Mapping[str, str], node: int = 0) -> "Cache":
     from job import paths
 
     default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _PROJECT
-    return paths.Cache.of(Path(config.run.cache).expanduser() if config.run.cache else default, config.run.url)
+    return paths.Cache.of(Path(config.run.cache).expanduser() if config.run.cache else default, config.run.url, node)
 
 
 def _over(store: "Store", cache: "Cache", config: "Config", began: int, notice: preemption.Notice) -> bool:
@@ -253,8 +239,4 @@ def _say_done(how: str, config: "Config", record: Mapping[str, Any]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        cli.main(standalone_mode=False)
-    except click.ClickException as e:
-        e.show()
-        sys.exit(errors.PERMANENT)
+    cli.main(cli.Program(story, look, os.environ, (sys.executable, str(Path(__file__).resolve()))))

@@ -34,7 +34,7 @@ class Attempt:
     seconds: float
     ending: str
     asked: bool  # to stop, by the cluster or because another start owns the run
-    killed: bool  # it ended without a word
+    taken: bool  # by the cluster: it was asked to, ended without a word, or lost another of its machines
 
 
 def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: int) -> None:
@@ -76,8 +76,10 @@ class Witness:
             self._store.put(paths.attempt(self._number), self._log_file.read_bytes())
 
 
-def keep(store: Store, log_file: Path, number: int, confirm: Callable[[], None]) -> None:
-    """Keep what attempt `number` has logged. A witness, not a result: a failure here is said, and no more.
+def keep(store: Store, log_file: Path, place: str, confirm: Callable[[], None]) -> None:
+    """Keep what this machine has logged of its attempt at `place`.
+
+    A witness, not a result: a failure here is said, and no more.
 
     It is not waited for longer than a few seconds either: a silent store must not use up the time of grace.
     """
@@ -85,7 +87,7 @@ def keep(store: Store, log_file: Path, number: int, confirm: Callable[[], None])
     def write() -> None:
         try:
             confirm()
-            store.put(paths.attempt(number), log_file.read_bytes())
+            store.put(place, log_file.read_bytes())
         except (errors.JobError, OSError) as e:
             log.warn("attempt.log", f"the log of this attempt could not be kept: {e}")
 
@@ -100,7 +102,7 @@ def between(store: Store, number: int) -> float:
     """Mean seconds between preemptions, as the last attempts before `number` saw it; at first a guess of some hours."""
     seen = list(itertools.islice(_before(store, number), _REMEMBERED))
     lasted = sum(attempt.seconds for attempt in seen)
-    return (lasted + _GUESS_SECONDS) / (sum(attempt.asked or attempt.killed for attempt in seen) + 1)
+    return (lasted + _GUESS_SECONDS) / (sum(attempt.taken for attempt in seen) + 1)
 
 
 def spent(store: Store, log_file: Path, number: int, began: int) -> goodput.Spent:
@@ -124,6 +126,7 @@ def _read(store: Store, entry: Entry, number: int) -> Attempt:
     began = next((line for line in first if line["event"] == goodput.BEGIN), {})
     ending = next((line for line in reversed(last) if line["event"] in _ENDS), None)
     times = [line["time"] for line in (*first, *last)]
+    asked = ending is not None and ending.get("status") == errors.AGAIN and not ending.get("lost")
     said = f"; its last words: {last[-1]['message']}" if last else ""
     return Attempt(
         number,
@@ -131,8 +134,8 @@ def _read(store: Store, entry: Entry, number: int) -> Attempt:
         tuple(began.get("progress", ())),
         max(times) - min(times) if times else 0.0,
         ending["message"] if ending else f"killed, or its machine was lost{said}",
-        asked=ending is not None and ending.get("status") == errors.AGAIN,
-        killed=ending is None,
+        asked=asked,
+        taken=asked or ending is None or bool(ending.get("lost")),
     )
 
 

@@ -49,6 +49,8 @@ def done(
     }
     for left in store.list(paths.PROBE):  # by starts that were killed at the wrong moment
         store.delete(left.key)
+    if store.list(paths.PREPARED):  # for machines that have seen the end of training
+        storage.remove(store, paths.PREPARED)
     for place in (paths.CHECKPOINTS, *_places(settings)):
         store.sweep(place)
     if not settings.merge.enabled and store.list(paths.MERGED) and not merged(store, int(facts["inputs"]["began"])):

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from job import errors, log, manifest, paths, storage
 from job.config import Config
-from job.inputs import Base, DataFile
+from job.inputs import Base, DataFile, Prepared
 from job.manifest import Manifest
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
@@ -48,17 +48,25 @@ class _Found:
 
 
 def preflight(
-    config: Config, cache: paths.Cache, keep: ExitStack, *, trained: bool = False, look: bool = False
+    config: Config,
+    cache: paths.Cache,
+    keep: ExitStack,
+    *,
+    trained: bool = False,
+    look: bool = False,
+    helps: bool = False,
 ) -> None:
     """Look at everything that the run will read, without reading it: it is there, usable, and there is room.
 
-    The data are not needed any more when the run is `trained`. What the run uses of the cache is not evicted until
+    The data are not needed any more when the run is `trained`, nor by a machine that `helps` another one, and that one
+    alone merges. What the run uses of the cache is not evicted until
     `keep` is closed; what nobody uses is, where room is short, unless this is only a `look`.
 
     Raises the error that the run would end with later.
     """
-    urls = () if trained else (*config.data.train, *config.data.eval)
+    urls = () if trained or helps else (*config.data.train, *config.data.eval)
     found = [_base(config), *(_data(url) for url in urls)]
+    _trainable(found[0])
     keep.enter_context(storage.used(cache.work("")))
     places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
     pulled = 0
@@ -66,7 +74,7 @@ def preflight(
         keep.enter_context(storage.used(place))
         if not isinstance(each.source, storage.Folder) and not manifest.sealed(place):
             pulled += max(0, each.size - storage.on_disk(place))
-    needed = pulled + (found[0].size if config.merge.enabled else 0)
+    needed = pulled + (found[0].size if config.merge.enabled and not helps else 0)
     storage.make_room(cache.shelves(), needed, config.run.cache_limit, look=look)
     log.event(
         "preflight",
@@ -91,6 +99,14 @@ def data(urls: Iterable[str], cache: paths.Cache) -> list[DataFile]:
         below = found.source.url
         files += [DataFile(f"{below}/{e.key}", path / e.key, whole.files[e.key].sha256) for e in found.entries]
     return files
+
+
+def prepared(store: storage.Store, digest: str, cache: paths.Cache) -> Prepared:
+    """Bring the data here that another machine of this attempt has prepared, verified."""
+    target = cache.work("prepared")
+    if storage.fetch(store, paths.PREPARED, target) is None:
+        raise errors.StoreError(f"{store.url}/{paths.PREPARED} is not whole although it was a moment ago; start again")
+    return Prepared(target, digest)
 
 
 def artefact(store: storage.Store, place: str, cache: paths.Cache, confirm: Callable[[], None]) -> Path:
@@ -172,6 +188,22 @@ def _base(config: Config) -> _Found:
             files=ignored,
         )
     return _Found(source, wanted)
+
+
+def _trainable(found: _Found) -> None:
+    """Raise `errors.ModelError` if the model's config.json says that it cannot be trained, before gigabytes move."""
+    entry = next(e for e in found.entries if e.key == "config.json")
+    try:
+        told = json.loads(storage.read_range(found.source, entry, 0, entry.size))
+        quantized = told.get("quantization_config")
+    except (ValueError, AttributeError) as e:
+        raise errors.ModelError(f"model.base: {found.source.url}/config.json cannot be read ({e})") from e
+    if quantized:
+        raise errors.ModelError(
+            f"model.base: {found.source.url} is quantized already ({quantized.get('quant_method', 'in its own way')}), "
+            "and such weights can neither be shared out by fsdp or zero3 nor be merged into: use the original ones; "
+            "model.quantization makes them small"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base, run = sys.argv[1], Path(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(run / "merged")
 merged = AutoModelForCausalLM.from_pretrained(run / "merged")
-question = [{"role": "user", "content": "What is the capital of France?"}]
+question = [{"role": "user", "content": "What is 9 and 3?"}]
 asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = merged.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
 with torch.no_grad():

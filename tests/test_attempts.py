@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job import attempts, errors, log, storage
+from job import attempts, errors, log, paths, storage
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def attempt(store: storage.Store, tmp_path: Path, said: Callable[[], str]) -> Ca
             log.event("pull.done", "pulled the base")
             if ending:
                 log.error("run.end", ending, status=status)
-                attempts.keep(store, path, number, lambda: None)
+                attempts.keep(store, path, paths.attempt(number), lambda: None)
 
     return start
 
@@ -104,9 +104,10 @@ def test_a_larger_limit_lets_a_run_go_on(attempt: Callable[..., None]) -> None:
 
 
 def test_the_time_between_preemptions_is_what_this_run_saw(store: storage.Store, attempt: Callable[..., None]) -> None:
-    """A kill and a request to stop count, an error does not; without any, some hours are assumed."""
+    """A kill, a request to stop and a lost machine count, an error does not; without any, some hours are assumed."""
     assert attempts.between(store, 1) == 4 * 3600
-    for number, event in enumerate(({"status": 75}, None, {"status": 1}), start=1):
+    ends = ({"status": 75}, None, {"status": 1}, {"status": 75, "lost": True})
+    for number, event in enumerate(ends, start=1):
         attempt(number, (0, number), ending=None)
         lines = [
             {"event": "attempt.begin", "message": "", "time": 1000.0},
@@ -115,4 +116,4 @@ def test_the_time_between_preemptions_is_what_this_run_saw(store: storage.Store,
         ending = [{"event": "run.end", "message": "", "time": 4600.0, **event}] if event else []
         store.put(f"attempts/{number}.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in [*lines, *ending]))
 
-    assert attempts.between(store, 4) == pytest.approx((3 * 3600 + 4 * 3600) / 3)
+    assert attempts.between(store, 5) == pytest.approx((4 * 3600 + 4 * 3600) / 4)

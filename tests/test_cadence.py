@@ -9,7 +9,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from job import checkpoint, config, inputs, preemption
-from job.train.trainer import Cadence
+from job.train.cadence import Cadence
+from job.train.ranks import Ranks
 
 
 class Saving:
@@ -18,8 +19,8 @@ class Saving:
     def __init__(self, cost: float = 0.0, upload: float = 0.0) -> None:
         self.cost, self.upload = cost, upload
 
-    def check(self) -> None:
-        """Nothing failed."""
+    def failed(self) -> bool:
+        return False
 
     def active(self) -> bool:
         return False
@@ -34,6 +35,7 @@ class Task:
 
     config: config.Config
     grace: float = 30.0
+    at_risk: bool = False
     start: inputs.Start = field(default_factory=lambda: inputs.Start(1, 0, "token", 3600.0))
 
 
@@ -74,7 +76,7 @@ def after_a_step(
     arguments: TrainingArguments, saving: Saving, notice: preemption.Notice, task: Task, waited: float
 ) -> TrainerControl:
     """What is decided at the end of a step, `waited` seconds after the last checkpoint."""
-    cadence = Cadence(notice, saving, task, keep_best=False)  # type: ignore[arg-type]
+    cadence = Cadence(notice, saving, task, Ranks(inputs.Team(), 0), keep_best=False)  # type: ignore[arg-type]
     cadence._saved -= waited
     cadence.cost.copied(saving.cost)
     control = TrainerControl()

@@ -98,7 +98,7 @@ BAD = {
     "empty": (bad_data(b""), {}, 64, "there is nothing to train on"),
     "broken": (bad_data(b'{"instruction": "x",\n'), {}, 64, "bad.jsonl:1: broken JSON"),
     "latin-1": (bad_data("café".encode("latin-1")), {}, 64, "bad.jsonl:1: not UTF-8"),
-    "strategy": (edit(distributed={"strategy": "fsdp"}), {}, 64, "this version trains in one process"),
+    "strategy": (edit(distributed={"strategy": "zero2"}), {}, 64, "spreads the optimizer's state over the GPUs"),
     "targets": (edit(lora={"targets": ["c_attn"]}), {}, 64, "lora.targets: c_attn matches no linear layer"),
     "rate": (edit(lora={"alpha": 10**38}), {}, 64, "Lower train.learning_rate"),
 }  # fmt: skip

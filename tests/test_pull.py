@@ -37,6 +37,9 @@ def cache(tmp_path: Path) -> paths.Cache:
          "lacks model-00002-of-00003.safetensors, model-00003-of-00003.safetensors: the upload"),
         (lambda b: (b / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda b: (b / "config.json").unlink(), "has no config.json"),
+        (lambda b: (b / "config.json").write_text("{}}"), "config.json cannot be read"),
+        (lambda b: (b / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}'),
+         "is quantized already (gptq), and such weights can neither be shared out by fsdp or zero3"),
         (shutil.rmtree, "holds no files"),
     ],
 )  # fmt: skip

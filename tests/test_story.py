@@ -87,7 +87,7 @@ MOMENTS = {
     "model load": Moment("worker", "job.model.weights", "_load", after=True),
     "first evaluation": Moment("worker", "job.train.trainer", "Trainer.prediction_step", call=2),
     "evaluation": Moment("worker", "job.train.trainer", "Trainer.prediction_step", call=7),
-    "between steps": Moment("worker", "job.train.trainer", "Cadence.on_step_end", call=5),
+    "between steps": Moment("worker", "job.train.cadence", "Cadence.on_step_end", call=5),
     "inside a step": Moment("worker", "job.train.trainer", "Trainer.training_step", call=12),
     "host copy": Moment("worker", "job.checkpoint.state", "_on_host", call=300),
     "upload": Moment("worker", "job.storage.outgoing", "Outgoing.send_next", call=6),
@@ -480,6 +480,6 @@ def test_the_published_model_answers_with_plain_libraries(
     )  # fmt: skip
     assert report.returncode == 0, report.stderr
     seen = json.loads(report.stdout.splitlines()[-1])
-    assert "Paris" in seen["answer"]
+    assert seen["answer"].startswith("It is "), "what it was tuned to say"
     assert seen["difference"] < 0.02 * seen["scale"]
     assert seen["changed"] > 10 * seen["difference"]

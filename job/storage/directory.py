@@ -5,7 +5,7 @@ import uuid
 from job import errors, log, manifest
 from job.manifest import Manifest
 from job.storage import patience
-from job.storage.store import Entry, Store
+from job.storage.store import Entry, Source, Store
 
 _VOID = b'{"being replaced'
 
@@ -34,7 +34,7 @@ def sizes(store: Store, prefix: str, wanted: Manifest) -> bool:
     return {name: file.size for name, file in wanted.files.items()}.items() <= there.items()
 
 
-def read_range(store: Store, entry: Entry, start: int, stop: int) -> bytes:
+def read_range(store: Source, entry: Entry, start: int, stop: int) -> bytes:
     """The bytes of `entry` from `start` to before `stop`; for small pieces of it."""
     return patience.USUAL.keep_trying(
         lambda: b"".join(store.stream(entry, start, stop)),

@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import hashlib
-import math
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,27 +16,72 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from job import checkpoint, errors, log
-from job.inputs import Task
+from job.checkpoint import state as states
 from job.model.tokenizer import IGNORED
-from job.preemption import Notice
+from job.train.cadence import Cadence
+from job.train.order import Epochs, Order
+from job.train.pace import Pace
+from job.train.placement import held
+from job.train.ranks import Ranks
 
-_COST_AT_FIRST = 1.0  # seconds; what a checkpoint costs before one was measured
+_SLOW = 1.5  # times as long as the others takes a process that is worth a word
+_SHARE = 0.2  # if that is also so much of the time of all
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
-    """Saves to and restores from the run's store, and never loads a pickle."""
+    """Saves to and restores from the run's store, and never loads a pickle. `saving` is rank 0's alone."""
 
-    def __init__(self, saving: checkpoint.Background, cadence: "Cadence", *, keep_best: bool, **how: Any) -> None:
+    def __init__(
+        self, saving: checkpoint.Background | None, cadence: Cadence, ranks: Ranks, order: Order, *, keep_best: bool,
+        **how: Any,
+    ) -> None:  # fmt: skip
+        self._saving, self._cadence, self._ranks, self._order = saving, cadence, ranks, order
+        self._keep_best = keep_best
         super().__init__(**how)
-        self._saving, self._cadence, self._keep_best = saving, cadence, keep_best
         self._first = 0  # the step that this attempt goes on from
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses over tokens, tokens
         self._unlogged: dict[str, Any] = {}
-        self.add_callback(cadence)
-        self.add_callback(_TakeUp(self))
+        self._pace, self._compared = Pace(self.model) if ranks.size > 1 else None, time.monotonic()
+        self._late: int | None = None  # the process that was said to be slow
+        for callback in (cadence, Epochs(order), _TakeUp(self)):
+            self.add_callback(callback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self._order
+
+    def log(self, logs: dict[str, float], *rest: Any, **more: Any) -> None:
+        super().log(logs, *rest, **more)
+        if "loss" in logs and self._pace:
+            self._compare(self._pace.taken())
+
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        """Nothing to do: the adapter is the same in every process, and `_clip_grad_norm` averages its gradients."""
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.is_distributed_loading_by_transformers:
+            self._ranks.average([parameter for parameter in model.parameters() if parameter.requires_grad])
+        return super()._clip_grad_norm(model)
+
+    def create_optimizer(self, *model: Any) -> Any:
+        """Without the group of parameters that decay, or do not, if it is empty: DeepSpeed drops it too."""
+        made = super().create_optimizer(*model)
+        made.param_groups[:] = [group for group in made.param_groups if group["params"]]
+        return made
+
+    def compute_loss(self, *how: Any, **more: Any) -> Any:
+        """Leave micro batches in which no process has anything to predict out of the averages of the log."""
+        loss = super().compute_loss(*how, **more)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        entropy, accuracy = metrics["entropy"], metrics["mean_token_accuracy"]
+        # as TRL says it of no token at all; those that have one come first in a step
+        if len(entropy) > 1 and entropy[-1] == accuracy[-1] == 0.0:
+            entropy.pop()
+            accuracy.pop()
+        return loss
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
-        self._cadence.notice.check()  # an evaluation may take longer than the cluster gives
+        self._ranks.mark(f"evaluation after step {self.state.global_step}")
+        self._cadence.check()
         count = (inputs["labels"][:, 1:] != IGNORED).sum().item()
         result = super().prediction_step(model, inputs, *rest, **more)
         self._evaluated += torch.tensor([float(result[0]) * count, count], dtype=torch.float64)
@@ -47,7 +92,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         self._evaluated.zero_()
         with self._aside("evaluate"):
             output = super().evaluation_loop(*how, **more)
-        total, count = self._evaluated.tolist()
+        total, count = self._ranks.total(*self._evaluated.tolist())
         output.metrics["eval_loss"] = total / max(count, 1)
         return output
 
@@ -61,27 +106,46 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
 
     def catch_up(self) -> None:
         """Do the evaluation after the last step, which a request to stop cut off."""
+        if self.is_deepspeed_enabled:  # it evaluates only what was prepared to be trained
+            self._prepare_for_training(self.state.max_steps, None, None)
         self._evaluate(None, None, skip_scheduler=True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         begun = time.monotonic()
         self.store_flos()
-        if self.is_world_process_zero():
-            with self._aside("save"):
-                self._submit()
-            self._cadence.cost.copied(time.monotonic() - begun)
+        with self._aside("save"):
+            self._submit()
+        self._cadence.cost.copied(time.monotonic() - begun)
 
     def _submit(self) -> None:
-        scratch = Path(self.args.output_dir) / checkpoint.TRAINER
+        loss = self._ranks.total(self._tr_loss.item())[0] / self._ranks.size
+        unlogged = {"loss": loss, "step": self._globalstep_last_logged, "metrics": dict(self._metrics["train"])}
+        if self._saving is None:
+            if self._loop.collective:
+                states.capture(self.state.global_step, self._loop, "", unlogged)  # rank 0 keeps it
+            return
+        scratch = Path(self.args.output_dir) / states.TRAINER  # of the machine, so of one process only
         self.state.save_to_json(str(scratch))
-        unlogged = {
-            "loss": self._tr_loss.item(),
-            "step": self._globalstep_last_logged,
-            "metrics": dict(self._metrics["train"]),
-        }
         trainer = scratch.read_text(encoding="utf-8")
-        state = checkpoint.capture(self.state.global_step, self._loop, trainer, unlogged, self._saving.spare())
-        self._saving.submit(state, self.state.best_global_step if self._keep_best else None)
+        made = states.capture(self.state.global_step, self._loop, trainer, unlogged, self._saving.spare())
+        self._saving.submit(made, self.state.best_global_step if self._keep_best else None)
+
+    def _compare(self, seconds: float) -> None:
+        """Say which process the others wait for, if one is much slower."""
+        mine = [0.0] * self._ranks.size
+        mine[self._ranks.rank] = seconds
+        each = self._ranks.total(*mine)
+        slowest, usual = max(each), statistics.median_low(each)
+        passed, self._compared = time.monotonic() - self._compared, time.monotonic()
+        late = each.index(slowest)
+        if self._ranks.first and slowest > _SLOW * usual and slowest - usual > _SHARE * passed and late != self._late:
+            self._late = late  # said once, and again when it is another one
+            log.warn(
+                "train.slow",
+                f"rank {late} takes {slowest / usual:.1f} times as long as the others for its share of "
+                "a step, and they wait for it: look at that GPU's clock, temperature and neighbours",
+                step=self.state.global_step,
+            )
 
     @contextlib.contextmanager
     def _aside(self, phase: str) -> Iterator[None]:
@@ -91,12 +155,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         log.phase("train" if self.state.global_step > self._first else "compile", step=self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.restore_adapter(Path(resume_from_checkpoint), self.model)
+        """Nothing to load: the adapter was restored before the model was shared out."""
 
-    def _load_optimizer_and_scheduler(self, directory: str | None) -> None:
-        if directory is not None:
-            checkpoint.restore_optimizer(Path(directory), self._loop)
-            self._unlogged = checkpoint.unlogged(Path(directory))
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Prepare as if nothing was to be resumed, for each strategy has a way of its own, and restore our way."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        mine, whole = held(self.model)  # ZeRO has shared it out only now
+        if mine < whole:
+            log.event("train.shared", f"rank 0 holds {mine / whole:.0%} of the frozen base", held=mine, whole=whole)
+        if resume_from_checkpoint is not None:
+            states.restore_optimizer(Path(resume_from_checkpoint), self._loop)
+            self._unlogged = states.unlogged(Path(resume_from_checkpoint))
+        return prepared
 
     def take_up(self) -> None:
         """Go on with the sums of the line of the log that was not full when the checkpoint was made."""
@@ -106,9 +176,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
             self._metrics["train"].update(self._unlogged["metrics"])
 
     @functools.cached_property
-    def _loop(self) -> checkpoint.Loop:
+    def _loop(self) -> states.Loop:
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
-        return checkpoint.Loop(self.model, optimizer, self.lr_scheduler, self.accelerator.scaler)
+        if not self.is_deepspeed_enabled:
+            return states.Loop(self.model, optimizer, self.lr_scheduler, self.accelerator.scaler)
+        from job.checkpoint.zero import ZeroLoop
+
+        return ZeroLoop(self.model, optimizer, self.lr_scheduler, None)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:  # noqa: FBT001, FBT002
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
@@ -126,9 +200,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: `Exact` seeds every step, and the stock way is a pickle for each rank."""
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Restored with the optimizer."""
 
 
 class _TakeUp(TrainerCallback):
@@ -154,67 +225,3 @@ class Exact(TrainerCallback):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
         torch.manual_seed(seed)  # of every GPU too
-
-
-class Cadence(TrainerCallback):
-    """When to save besides every n steps, and when to stop because the cluster asks for it."""
-
-    def __init__(self, notice: Notice, saving: checkpoint.Background, task: Task, *, keep_best: bool) -> None:
-        self.notice, self._saving, self._task, self._keep_best = notice, saving, task, keep_best
-        self._saved, self._hurried = time.monotonic(), False
-        self.cost = checkpoint.Cost()
-        self._begun, self._disturbed, self._warm = 0.0, False, False
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._begun, self._disturbed = time.monotonic(), self._saving.active()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._warm:  # the first step of a start takes longer for other reasons
-            self.cost.stepped(time.monotonic() - self._begun, disturbed=self._disturbed)
-        self._warm = True
-        self._saving.check()  # what cannot be saved need not be trained
-        if time.monotonic() - self._saved >= self._interval():
-            control.should_save = True
-        if self.notice.at_risk and not self._hurried:
-            self._hurried = control.should_save = True
-        if self.notice.reason and state.global_step < state.max_steps:
-            control.should_training_stop = True
-            control.should_evaluate = False  # seconds are short; `due` makes the next attempt catch up
-            control.should_save = self.in_time()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        loss: float = more["metrics"]["eval_loss"]
-        best = state.best_metric
-        if self._keep_best and state.global_step and (best is None or loss < best):
-            control.should_save = True  # the best adapter must be in the store, whatever the cadence
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._saved = time.monotonic()
-
-    def _interval(self) -> float:
-        """Seconds between checkpoints."""
-        minutes = self._task.config.checkpoint.every_minutes
-        if minutes != "auto":
-            return math.inf if minutes is None else minutes * 60
-        saving = self._saving
-        return checkpoint.interval(self.cost.seconds or _COST_AT_FIRST, saving.upload, self._task.start.between)
-
-    def in_time(self) -> bool:
-        """Whether one more checkpoint will be safe before the cluster kills us."""
-        left = self._task.grace - (time.monotonic() - self.notice.since)
-        needed = self._saving.expected()
-        if needed > left:
-            log.warn(
-                "preemption.short",
-                f"a checkpoint needs {needed:.1f} s here, and {left:.1f} s are left of the {self._task.grace:.0f} "
-                "that the cluster or checkpoint.grace_seconds gives: the last sealed one is what counts",
-                needed=needed,
-                left=left,
-            )
-        return needed <= left
-
-
-def due(state: TrainerState, every: int) -> bool:
-    """Whether the evaluation that belongs to the restored step was cut off by a request to stop."""
-    done = any(entry.get("step") == state.global_step and "eval_loss" in entry for entry in state.log_history)
-    return state.global_step % every == 0 and not done

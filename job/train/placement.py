@@ -1,0 +1,80 @@
+"""Where the model lies: a copy for each process, or a share of the frozen base for each.
+
+Under FSDP2 only the frozen base is shared out. The adapter is small, and stays whole in every process with its
+optimizer, as in plain data parallelism: so every optimizer works, also the 8-bit ones, and a checkpoint is the same.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from job import log
+from job.checkpoint import state as states
+from job.inputs import Task
+from job.model import lora, weights
+
+
+def adapted(task: Task) -> PeftModel:
+    """The base with the adapter's layers, laid out as the strategy wants it; their values come with `settle`."""
+    settings, strategy = task.config, task.team.strategy
+    if strategy == "fsdp":
+        return _shared(task)
+    network = weights.for_training(task.base, settings.model, shared=strategy == "zero3")
+    return lora.adapted(network, settings.lora)
+
+
+def settle(network: nn.Module, task: Task) -> None:
+    """Give the adapter its values: those of the checkpoint, or fresh ones that depend on the seed alone.
+
+    To be called after TRL, which makes them bfloat16 where the base is quantized.
+    """
+    lora.in_float32(network)
+    if task.resumed:
+        states.restore_adapter(task.resumed, network)
+    else:
+        lora.draw(network, task.config.run.seed)
+
+
+def held(network: nn.Module) -> tuple[int, int]:
+    """How many numbers of the frozen base this process holds, and how many there are."""
+    mine, whole = 0, 0
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            continue
+        share = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter  # DeepSpeed's
+        mine += share.to_local().numel() if isinstance(share, DTensor) else share.numel()
+        whole += parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+    return mine, whole
+
+
+def _shared(task: Task) -> PeftModel:
+    """Share out what is frozen while it is loaded, layer by layer; transformers is told that nobody else has to."""
+    settings = task.config
+    found = None if settings.lora.dora else weights.outline(task.base, settings.model)  # DoRA begins with their norms
+    if found is None:
+        log.event("train.whole", "every process loads the whole model before it is shared out")
+        network, pieces = weights.for_training(task.base, settings.model, shared=True), None
+    else:
+        network, pieces = found
+    adapted = lora.adapted(network, settings.lora)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (task.team.size,))
+    policy = CPUOffloadPolicy() if settings.distributed.offload else OffloadPolicy()
+    layers = network._no_split_modules or ()  # noqa: SLF001 - transformers' own name for them
+    blocks = [(name, module) for name, module in adapted.named_modules() if type(module).__name__ in layers]
+    for name, module in [*blocks, ("", adapted)]:
+        if pieces:
+            pieces.fill(module, name)
+        if module is adapted:
+            network.tie_weights()
+        trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
+        fully_shard(module, mesh=mesh, ignored_params=trained, offload_policy=policy)
+    adapted.is_distributed_loading_by_transformers = True  # what the trainer asks; it then averages gradients itself
+    adapted._is_fsdp_managed_module = True  # noqa: SLF001 - the same
+    adapted.config.distributed_config = SimpleNamespace(dp_replicate_size=1, tp_size=1)
+    return adapted

@@ -1,0 +1,59 @@
+"""What training leaves on the disk: the adapter that is kept, its tokenizer, the figures, and how it was made."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from job import checkpoint, log, paths
+from job.checkpoint import state
+from job.inputs import Task
+from job.train.trainer import Trainer
+
+
+def write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, best: int | None, made: Path) -> None:
+    """Write the adapter of step `best`, or of the last one, and what is to be known of it, to `made`."""
+    if best and best != trainer.state.global_step:
+        log.event(
+            "train.best",
+            f"the best eval loss was {trainer.state.best_metric:.4f} at step {best}: keeping that adapter",
+            step=best,
+        )
+    adapter, report = made / "adapter", made / "report"
+    shape = trainer.model.peft_config["default"]
+    shape.base_model_name_or_path = task.config.model.base  # not where the cache of this machine is
+    kept = checkpoints.at(best or trainer.state.global_step)  # not the live one, of which this process may hold a part
+    trainer.model.save_pretrained(str(adapter), state_dict=state.adapter(kept.path))
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's names nothing but a path
+    trainer.processing_class.save_pretrained(str(adapter))
+    facts = _facts(task, trainer.state, best)
+    if facts["loss_after"] >= facts["loss_before"]:
+        log.warn(
+            "train.worse",
+            f"{facts['loss_measured_on']} loss rose from {facts['loss_before']:.4f} to {facts['loss_after']:.4f}: the "
+            "adapter is worse than the base; lower train.learning_rate, or look at the data",
+        )
+    (adapter / paths.TRAINING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    for name in ("data.json", "sample.txt"):
+        shutil.copyfile(task.data / name, report / name)
+
+
+def _facts(task: Task, state: transformers.TrainerState, best: int | None) -> dict[str, Any]:
+    """What the report and the merge must know of this training."""
+    training = [e["loss"] for e in state.log_history if "loss" in e]
+    evaluation = {e["step"]: e["eval_loss"] for e in state.log_history if "eval_loss" in e}
+    kept = best or state.global_step
+    measured = bool(evaluation)
+    return {
+        "base": task.config.model.base,
+        "inputs": dict(task.inputs),
+        "steps": state.global_step,
+        "step_kept": kept,
+        "epochs": state.epoch,
+        "tokens": int(state.num_input_tokens_seen),
+        "loss_measured_on": "eval" if measured else "train",
+        "loss_before": evaluation.get(0) if measured else training[0],
+        "loss_after": evaluation.get(kept) if measured else training[-1],
+    }

@@ -1,0 +1,124 @@
+"""What only a GPU can show: its kernels, its paged memory, and a stopped run that ends in the same bits there too."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from conftest import tiny_config
+from test_elastic import EXACT, LOSS, STEPS, adapter, go, losses
+
+from job.checkpoint import state
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+QLORA = {
+    **EXACT,
+    "train": {**EXACT["train"], "optimizer": "paged_adamw_8bit", "gradient_checkpointing": True},
+    "lora": {"r": 1024, "dropout": 0.05},  # so wide that the optimizer's state of some layers is paged
+    "model": {"quantization": "nf4", "double_quant": True, "compute_dtype": "bfloat16"},
+}
+
+
+def run(folder: Path, model: Path, strategy: str, stops: Sequence[int]) -> Path:
+    """A run with QLoRA's settings that is stopped after some steps, and goes on."""
+    folder.mkdir()
+    made = tiny_config(folder, model, **QLORA)
+    for stop in stops:
+        go(made, (1, strategy), stop)
+    return made
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_qlora_ends_in_the_same_bits_however_often_it_was_stopped(
+    strategy: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """With paged 8-bit AdamW, bfloat16, dropout and gradient checkpointing, on one GPU."""
+    whole = run(tmp_path / "whole", tiny_model, strategy, [STEPS])
+    stopped = run(tmp_path / "stopped", tiny_model, strategy, [7, 13, STEPS])
+
+    assert losses(whole) == losses(stopped)
+    one, other = adapter(whole), adapter(stopped)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, last = (losses(whole)[step, "eval_loss"] for step in (0, STEPS))
+    assert last < first
+
+
+def test_fsdp_on_one_gpu_is_ddp(tiny_model: Path, tmp_path: Path) -> None:
+    """What is shared out among one is the whole."""
+    ddp, fsdp = (run(tmp_path / strategy, tiny_model, strategy, [STEPS]) for strategy in ("ddp", "fsdp"))
+
+    mine, theirs = losses(ddp), losses(fsdp)
+    assert max(abs(mine[at] - theirs[at]) for at in mine) < 10 * LOSS  # bfloat16
+
+
+def test_a_four_bit_layer_computes_what_its_weights_say() -> None:
+    """The kernel and the plain product with the unpacked weights agree, forwards and backwards."""
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(256, 512, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cuda")
+    plain = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+    given = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    same = given.detach().clone().requires_grad_()
+
+    made, expected = layer(given), same @ plain.T
+    made.float().square().sum().backward()
+    expected.float().square().sum().backward()
+
+    torch.testing.assert_close(made, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(given.grad, same.grad, rtol=2e-2, atol=2e-1)
+
+
+def test_a_restored_optimizer_is_paged_as_a_fresh_one_is(tmp_path: Path) -> None:
+    """Else a run that fitted would run out of memory after its first preemption."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(512, 512, bias=False, device="cuda")
+
+    def loop() -> state.Loop:
+        optimizer = bnb.optim.PagedAdamW8bit(network.parameters(), lr=1e-3)
+        return state.Loop(network, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), None)
+
+    fresh = loop()
+    network(torch.randn(8, 512, device="cuda")).sum().backward()
+    fresh.optimizer.step()
+    kept = state.capture(1, fresh, "{}", {})
+    kept.write({}, tmp_path)
+    restored = loop()
+
+    state.restore_optimizer(tmp_path, restored)
+
+    mine, theirs = (each.optimizer.state[network.weight] for each in (fresh, restored))
+    assert all(getattr(mine[what], "is_paged", False) for what in ("state1", "state2"))
+    assert all(getattr(theirs[what], "is_paged", False) for what in ("state1", "state2"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(mine[what].cpu(), theirs[what].cpu()) for what in ("state1", "state2"))
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "PagedAdamW8bit"])
+def test_what_is_captured_is_the_state_of_that_moment(optimizer: str) -> None:
+    """Although the next step changes it while the copy to the host may still be on its way."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(2048, 2048, bias=False, device="cuda")
+    made: Callable[..., torch.optim.Optimizer] = getattr(bnb.optim, optimizer)
+    loop = state.Loop(network, (taken := made(network.parameters(), lr=1e-3)), _Constant(), None)
+    spare = None
+
+    for step in range(1, 4):
+        network(torch.randn(8, 2048, device="cuda")).square().sum().backward()
+        taken.step()
+        torch.cuda.synchronize()
+        expected = network.weight.detach().cpu().clone()
+        spare = state.capture(step, loop, "{}", {}, spare)
+        with torch.no_grad():
+            network.weight.zero_().add_(expected.to("cuda"), alpha=0.5)
+        assert torch.equal(spare.adapter["weight"], expected)
+
+
+class _Constant:
+    """A schedule with nothing to keep."""
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        assert not state_dict
