@@ -593,6 +593,23 @@ def test_a_folder_that_becomes_empty_takes_no_file_with_it(tmp_path: Path) -> No
     assert store.list() == []
 
 
+def test_one_file_of_a_folder_is_found_without_a_look_at_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may be somebody's home, with millions of files below and some that are closed to us."""
+    for name in ("train.jsonl", "train.jsonl.d/1", "else/1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    seen: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (seen.append(str(path)), scandir(path))[1])
+
+    found = [entry.key for entry in storage.connect(tmp_path.as_uri()).list("train.jsonl")]
+
+    assert found == ["train.jsonl", "train.jsonl.d/1"]
+    assert str(tmp_path / "else") not in seen
+
+
 def test_an_unknown_kind_of_store_is_refused() -> None:
     """The message names the kinds there are."""
     with pytest.raises(errors.ConfigError, match="use s3://bucket/prefix or file:///absolute/path"):

@@ -36,7 +36,11 @@ class Folder:
 
     def list(self, prefix: str = "") -> list[Entry]:
         entries = []
-        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], onerror=_unless_gone):
+        above, _, begin = prefix.rpartition("/")
+        top = self.root / above
+        for folder, below, names in os.walk(top, onerror=_unless_gone):
+            if folder == str(top):  # what does not begin so may be a whole home directory, or closed to us
+                below[:] = [name for name in below if name.startswith(begin)]
             for path in (Path(folder) / name for name in names):
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not key.startswith(f"{_PRIVATE}/") and path.is_file():
