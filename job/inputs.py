@@ -115,7 +115,7 @@ class Task:
         return max(whole - AT_THE_END, whole / 2)
 
     def allow(self, grace: float) -> None:
-        """Let the training know how long the cluster waits, if it said so, before it is asked to stop."""
+        """Let the training know how long the cluster waits, where that is not what the config says."""
         part = self._grace.with_suffix(".part")
         part.write_text(str(grace), encoding="ascii")
         part.rename(self._grace)

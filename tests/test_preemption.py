@@ -1,5 +1,6 @@
 """A request to stop, as every step sees it."""
 
+import contextlib
 import os
 import signal
 import time
@@ -72,3 +73,27 @@ def test_nothing_happens_without_a_request(notice: preemption.Notice) -> None:
         pass
 
     notice.check()
+
+
+def test_a_signal_after_a_clouds_notice_leaves_what_signals_leave(notice: preemption.Notice) -> None:
+    """A node that will be taken away in two minutes is drained before, and gives its pods seconds."""
+    with contextlib.suppress(errors.Preempted), notice.deferred():
+        notice.request("an AWS spot notice", 115.0)
+        before = notice.allowed(10.0)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert before == 115.0
+    assert 10.2 <= notice.allowed(10.0) < 20.0
+
+
+def test_a_second_signal_changes_nothing(notice: preemption.Notice) -> None:
+    """The time counts from the first one, and a cloud that gives less still does."""
+    with contextlib.suppress(errors.Preempted), notice.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert notice.allowed(30.0) == 30.0
+    notice.grace = 5.0
+    assert notice.allowed(30.0) == 5.0

@@ -220,6 +220,30 @@ def test_who_does_not_hear_a_request_to_stop_is_ended_before_the_cluster_does_it
     assert gone(task.base / "up-1")
 
 
+def test_a_signal_that_follows_a_clouds_notice_shortens_the_time(task: inputs.Task) -> None:
+    """The cloud gave two minutes, and the cluster that drains the machine gives ten seconds from then on."""
+    config = task.config.model_copy(
+        update={"checkpoint": task.config.checkpoint.model_copy(update={"grace_seconds": 6})}
+    )
+    task = dataclasses.replace(task, config=config)
+    notice = preemption.Notice()
+    notice.listen()
+
+    def signalled() -> None:
+        asked(task, notice, grace=115.0).join()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=signalled)
+    asking.start()
+    with pytest.raises(errors.Preempted):
+        train("signal.signal(signal.SIGPWR, signal.SIG_IGN); here('up'); time.sleep(60)", task, notice)
+    asking.join()
+
+    assert time.monotonic() - notice.since < 1 + 6
+    assert gone(task.base / "up-0")
+
+
 def test_a_process_that_cannot_listen_yet_may_be_stopped_too(task: inputs.Task) -> None:
     """While it imports torch the signal ends it, which is no failure."""
     notice = preemption.Notice()

@@ -137,6 +137,7 @@ def _see_to_the_end(running: Mapping[int, "subprocess.Popen[bytes]"], given: Tas
     Not longer than the cluster does, and not at all when another attempt owns the run.
     """
     told, warned, over, until, looked = False, False, False, math.inf, time.time()
+    allowed = given.config.checkpoint.grace_seconds
     while True:
         now = time.time()
         alive = _alive(running, given, looked, notice)
@@ -145,14 +146,15 @@ def _see_to_the_end(running: Mapping[int, "subprocess.Popen[bytes]"], given: Tas
             return
         if not told and not over and (notice.failure or _over(given)):  # once told, a checkpoint has what time there is
             over, until = True, time.monotonic() + AFTER_A_LOSS
-        if notice.reason and not told:
-            told = True
-            if notice.grace is not None:
-                given.allow(notice.grace)
-            for process in alive:
-                process.send_signal(preemption.STOP)
+        if notice.reason:
+            if (grace := notice.allowed(given.config.checkpoint.grace_seconds)) != allowed:  # a signal may shorten it
+                allowed = grace
+                given.allow(grace)
             # one that stands still does not hear it, nor one that waits in vain for another that did
             until = min(until, notice.since + given.grace + _LATER_SECONDS)
+            for process in [] if told else alive:
+                process.send_signal(preemption.STOP)
+            told = True
         elif notice.at_risk and not warned:
             warned = True
             given.warn()

@@ -27,6 +27,7 @@ class Notice:
         self.grace: float | None = None  # seconds from then to the end of the machine, if the cluster said so
         self.at_risk: str | None = None  # why the request may come soon
         self.failure: errors.JobError | None = None  # of another thread, not raised yet
+        self._hurried: float | None = None  # when a signal came after the first request, by time.monotonic()
         self._failed = threading.Event()
         self._deferred, self._concluded = False, False
 
@@ -58,6 +59,15 @@ class Notice:
         self.grace = grace if self.reason is None else self.grace
         if self._note(reason):
             _wake()
+
+    def allowed(self, usual: float) -> float:
+        """Seconds from `since` to the end of the machine, where a signal leaves `usual` ones.
+
+        A signal that follows a cloud's notice may leave less than the notice said: a node that is drained because it
+        will be taken away gives its pods less than the cloud gives the node.
+        """
+        told = usual if self.grace is None else self.grace
+        return told if self._hurried is None else min(told, self._hurried - self.since + usual)
 
     def warn(self, reason: str) -> None:
         """Say that the request may come soon, so that a checkpoint is worth its time now."""
@@ -92,6 +102,8 @@ class Notice:
             signal.signal(number, signal.SIG_IGN)
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
+        if self.reason and self._hurried is None:
+            self._hurried = time.monotonic()
         if not self._concluded and self._note(signal.Signals(number).name) and not self._deferred:
             self.check()
 
