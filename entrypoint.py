@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import cli, errors, log, preemption
+from job import alive, cli, errors, log, preemption
 
 if TYPE_CHECKING:
     from job import cluster
@@ -42,6 +42,8 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
     from job import claim, cluster, config, launch, storage
 
     settings, notice = machine.config, machine.notice
+    if sign := machine.environ.get("FINETUNE_ALIVE"):
+        machine.after.callback(alive.keep(Path(sign)))
     where, gpus = cluster.discover(machine.environ), cluster.gpus(machine.environ)
     if where.spare:
         log.event("cluster.spare", "another process of this machine does the work, and starts those it needs")
@@ -50,6 +52,7 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
     store, cache = storage.connect(settings.run.url), _cache(settings, machine.environ, where.rank)
     if not restart and _over(store, cache, settings, claim.agree(store, settings), notice):
         return
+    cache.make()
     preemption.watch(preemption.Endpoints.of(machine.environ), notice)
     if where.ends:
         preemption.limit(where.ends, settings.checkpoint.grace_seconds, notice)
@@ -202,7 +205,9 @@ def look(machine: cli.Machine, *, restart: bool = False) -> None:
     if not restart:
         claim.agree(store, config)
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
-    pull.preflight(config, _cache(config, machine.environ), machine.after, look=True)
+    cache = _cache(config, machine.environ)
+    cache.check()
+    pull.preflight(config, cache, machine.after, look=True)
 
 
 def _cache(config: "Config", environ: Mapping[str, str], node: int = 0) -> "Cache":

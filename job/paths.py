@@ -1,10 +1,13 @@
 """Every name that the job uses, in the store and on the local disk."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from job import errors
 
 CONFIG = "config.json"
 DONE = "done.json"
@@ -55,6 +58,23 @@ class Cache:
     def of(cls, root: Path, run_url: str, node: int = 0) -> "Cache":
         """The cache at `root` as machine `node` of the run at `run_url` sees it; two may have the same disk."""
         return cls(root, digest(run_url) + (f"-{node}" if node else ""))
+
+    def check(self) -> None:
+        """Raise `errors.ConfigError` if it belongs to another user; that of a mounted disk mostly belongs to root.
+
+        Who else can write there decides which weights are trained and published.
+        """
+        owner = self.root.stat().st_uid if self.root.exists() else os.geteuid()
+        if owner not in (0, os.geteuid()):
+            raise errors.ConfigError(
+                f"the cache {self.root} belongs to user {owner}, and this is user {os.geteuid()}: set run.cache to a "
+                "folder of your own"
+            )
+
+    def make(self) -> None:
+        """Make its folder, for this user alone."""
+        self.check()
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def base(self, fingerprint: str) -> Path:
         """A base model, shared by all runs that use it."""

@@ -171,6 +171,29 @@ def test_the_attempt_is_kept_with_its_reason(tiny_run: Callable[..., Path], job:
     assert "lora.targets" in json.dumps(events)
 
 
+@pytest.mark.parametrize("verb", ["run", "validate"])
+def test_another_users_cache_is_not_trusted(verb: str, tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
+    """Who made it decides which weights are trained, even root's."""
+    if os.geteuid():
+        pytest.skip("needs root to make another user's folder")
+    (tmp_path / "cache").mkdir()
+    os.chown(tmp_path / "cache", 12345, -1)
+
+    outcome = job(verb, tiny_run())
+
+    assert outcome.returncode == 64, outcome.stderr
+    assert "belongs to user 12345, and this is user 0: set run.cache" in outcome.stderr
+    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "run" / "lease.json").exists()
+
+
+def test_a_new_cache_is_its_users_alone(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
+    """On a machine with other users nobody else puts weights there."""
+    job("run", tiny_run(lora={"targets": ["c_attn"]}))
+
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_finished_run_answers_without_torch(tiny_run: Callable[..., Path], tmp_path: Path, job: Job) -> None:
     """In less than two seconds, and it is not believed when a result was touched."""
     config = tiny_run(train={"max_steps": 2})
