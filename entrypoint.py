@@ -35,6 +35,8 @@ class Here:
     cache: "Cache"
     team: "Team"
     peers: "cluster.Alone"
+    ends: float | None
+    """When the scheduler ends this start, if it says so."""
 
 
 def story(machine: cli.Machine, *, restart: bool = False) -> None:
@@ -63,9 +65,9 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
     digest = config.digest(settings)
     with cluster.join(where, settings.run.url, digest, len(gpus), asked, notice.interrupt) as peers:
         if where.rank:
-            help_out(Here(machine, store, cache, team, peers))
+            help_out(Here(machine, store, cache, team, peers, where.ends))
         else:
-            lead(Here(machine, store, cache, team, peers), restart=restart)
+            lead(Here(machine, store, cache, team, peers, where.ends), restart=restart)
 
 
 def lead(here: Here, *, restart: bool) -> None:
@@ -81,7 +83,7 @@ def lead(here: Here, *, restart: bool) -> None:
     if _over(store, cache, config, began, notice):  # by the start that owned it until now
         return
     log_file = log.to_file(cache.log(), anew=True)
-    attempts.begin(store, log_file, attempt, publish.progress(store, began), config.run.give_up_after)
+    attempts.begin(store, log_file, attempt, publish.progress(store, began), config.run.give_up_after, here.ends)
     owner.keep(notice.interrupt, attempts.Witness(store, log_file, attempt))
     after.callback(attempts.keep, store, log_file, paths.attempt(attempt), owner.confirm)
     log.phase("pull")

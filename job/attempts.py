@@ -19,6 +19,7 @@ _KEPT_SECONDS = 60.0  # between two times that the log of a living attempt is ke
 _END_BYTES = 1 << 16  # of a log, that hold its first and its last words
 _REMEMBERED = 20  # attempts
 _GUESS_SECONDS = 4 * 3600.0  # counts like one preemption after so long
+_LIMIT_SECONDS = 300.0  # before its time limit an attempt is asked to stop because of it (Slurm: up to 60 s early)
 _ENDS = ("run.end", "run.done")
 
 Progress = tuple[int, ...]  # grows with what is safe in the store: published directories, then steps
@@ -33,15 +34,15 @@ class Attempt:
     progress: Progress
     seconds: float
     ending: str
-    asked: bool  # to stop, by the cluster or because another start owns the run
+    asked: bool  # to stop, by the cluster or because another start owns the run; but not at its own time limit
     taken: bool  # by the cluster: it was asked to, ended without a word, or lost another of its machines
 
 
-def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: int) -> None:
-    """Keep that attempt `number` was started when the run was as far as `progress` says.
+def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: int, ends: float | None = None) -> None:
+    """Keep that attempt `number` was started when the run was as far as `progress` says, with a time limit at `ends`.
 
     Raises `errors.PermanentError` if `limit` attempts before it, of those that nobody asked to stop, began there too,
-    with the reasons of each: so would this one.
+    with the reasons of each: so would this one. One that its time limit ended is among them: the next has no more time.
     """
     here = itertools.takewhile(lambda attempt: attempt.progress == progress, _before(store, number))
     stuck = list(itertools.islice((attempt for attempt in here if not attempt.asked), limit))
@@ -57,6 +58,7 @@ def begin(store: Store, log_file: Path, number: int, progress: Progress, limit: 
         attempt=number,
         host=platform.node(),
         progress=progress,
+        ends=ends,
         started=psutil.Process().create_time(),
     )
     store.create(paths.attempt(number), log_file.read_bytes())
@@ -126,7 +128,8 @@ def _read(store: Store, entry: Entry, number: int) -> Attempt:
     began = next((line for line in first if line["event"] == goodput.BEGIN), {})
     ending = next((line for line in reversed(last) if line["event"] in _ENDS), None)
     times = [line["time"] for line in (*first, *last)]
-    asked = ending is not None and ending.get("status") == errors.AGAIN and not ending.get("lost")
+    stopped = ending is not None and ending.get("status") == errors.AGAIN and not ending.get("lost")
+    limited = bool(ending and began.get("ends") and ending["time"] > began["ends"] - _LIMIT_SECONDS)
     said = f"; its last words: {last[-1]['message']}" if last else ""
     return Attempt(
         number,
@@ -134,8 +137,8 @@ def _read(store: Store, entry: Entry, number: int) -> Attempt:
         tuple(began.get("progress", ())),
         max(times) - min(times) if times else 0.0,
         ending["message"] if ending else f"killed, or its machine was lost{said}",
-        asked=asked,
-        taken=asked or ending is None or bool(ending.get("lost")),
+        asked=stopped and not limited,
+        taken=stopped or ending is None or bool(ending.get("lost")),
     )
 
 

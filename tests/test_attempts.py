@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,10 +40,11 @@ def attempt(store: storage.Store, tmp_path: Path, said: Callable[[], str]) -> Ca
         ending: str | None = "no store",
         status: int = 1,
         limit: int = 3,
+        ends: float | None = None,
     ) -> None:
         path = tmp_path / f"{number}.jsonl"
         with logged(path):
-            attempts.begin(store, path, number, progress, limit)
+            attempts.begin(store, path, number, progress, limit, ends)
             log.event("pull.done", "pulled the base")
             if ending:
                 log.error("run.end", ending, status=status)
@@ -60,6 +62,19 @@ def test_an_attempt_is_there_from_its_first_moment(store: storage.Store, attempt
     assert there
     line = json.loads(there.data.splitlines()[0])
     assert (line["event"], line["attempt"], line["progress"]) == ("attempt.begin", 1, [0, 20])
+
+
+def test_a_time_limit_that_is_too_short_is_no_bad_luck(attempt: Callable[..., None]) -> None:
+    """Every start has as little time as the last; one that is stopped long before its limit was only unlucky."""
+    now = time.time()
+    attempt(1, (0, 20), "stopped by SIGUSR1", status=75, ends=now + 120)
+    attempt(2, (0, 20), "stopped by SIGTERM", status=75, ends=now + 3600)
+    attempt(3, (0, 20), "stopped by the scheduler's time limit", status=75, ends=now + 110)
+    attempt(4, (0, 20), "stopped by SIGUSR1", status=75, ends=now + 120)
+
+    with pytest.raises(errors.PermanentError, match="3 attempts in a row made no progress"):
+        attempt(5, (0, 20))
+    attempt(6, (0, 40))
 
 
 def test_attempts_that_get_nowhere_end_for_good_with_their_reasons(
