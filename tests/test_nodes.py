@@ -111,6 +111,7 @@ def test_two_machines_do_one_run(nodes: Callable[[], Nodes], tmp_path: Path) -> 
     assert "done: the results are in" in made.said(1)
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_killed_ends_the_attempt_of_all_and_the_next_one_goes_on(
     nodes: Callable[[], Nodes], undisturbed: Path, tmp_path: Path
 ) -> None:
