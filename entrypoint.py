@@ -54,7 +54,6 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
     store, cache = storage.connect(settings.run.url), _cache(settings, machine.environ, where.rank)
     if not restart and _over(store, cache, settings, claim.agree(store, settings), notice):
         return
-    cache.make()
     preemption.watch(preemption.Endpoints.of(machine.environ), notice)
     if where.ends:
         preemption.limit(where.ends, settings.checkpoint.grace_seconds, notice)
@@ -64,6 +63,7 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
 
     digest = config.digest(settings)
     with cluster.join(where, settings.run.url, digest, len(gpus), asked, notice.interrupt) as peers:
+        cache.make()
         if where.rank:
             help_out(Here(machine, store, cache, team, peers, where.ends))
         else:

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import re
+import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from job import errors
+from job import errors, log
 
 CONFIG = "config.json"
 DONE = "done.json"
@@ -62,13 +64,23 @@ class Cache:
     def check(self) -> None:
         """Raise `errors.ConfigError` if it belongs to another user; that of a mounted disk mostly belongs to root.
 
-        Who else can write there decides which weights are trained and published.
+        Who else can write there decides which weights are trained and published. Some disks (EFS access points, NFS
+        with all_squash) give every file another owner than who made it: there it counts that a new file has the same.
         """
-        owner = self.root.stat().st_uid if self.root.exists() else os.geteuid()
-        if owner not in (0, os.geteuid()):
-            raise errors.ConfigError(
-                f"the cache {self.root} belongs to user {owner}, and this is user {os.geteuid()}: set run.cache to a "
-                "folder of your own"
+        seen = self.root.stat() if self.root.exists() else None
+        if seen and seen.st_uid not in (0, os.geteuid()):
+            with tempfile.TemporaryFile(dir=self.root) as made:
+                ours = os.fstat(made.fileno()).st_uid
+            if ours != seen.st_uid:
+                raise errors.ConfigError(
+                    f"the cache {self.root} belongs to user {seen.st_uid}, and this is user {os.geteuid()}: set "
+                    "run.cache to a folder of your own"
+                )
+        if seen and seen.st_mode & stat.S_IWOTH:
+            log.warn(
+                "cache.open",
+                f"everybody on this machine may write into the cache {self.root}, and so choose what is trained: where "
+                "there are others, set run.cache to a folder below it, which the job makes for itself",
             )
 
     def make(self) -> None:

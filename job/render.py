@@ -19,6 +19,7 @@ from job.config import Config
 CONTAINERS = ("venv", "pyxis", "apptainer", "charliecloud")
 _SHORTEST = 5  # minutes; slurm/train.sbatch refuses less
 _CPUS, _GIBIBYTES = 8, 64  # for each GPU, as in the templates
+_GUESSED = ("cpus-per-task", "mem")  # stay to be looked at
 _LABEL = 40  # characters
 _TOLD = re.compile(r"\b(cpu|memory):")  # these follow from the number of GPUs
 _TEMPLATES = "render reads the templates beside entrypoint.py, which a checkout has and the image has not"
@@ -63,15 +64,14 @@ def slurm(
         "time": _time(time) if time else None,
         "CONFIG": f"${{1:-{_plain(path.absolute())}}}",
         "WITH": containers,
-        "IMAGE": _plain(image) if image else None,
-        "MOUNTS": f'"{" ".join(_plain(folder) for folder in _folders(config))}"',
+        "IMAGE": _plain(image if re.search("://|#", image) else Path(image).absolute()) if image else None,
+        "MOUNTS": f'"{" ".join(map(_plain, _folders(config, path, templates)))}"',
+        "cpus-per-task": str(_CPUS * max(1, machines.gpus)),
+        "mem": f"{_GIBIBYTES * max(1, machines.gpus)}G",
     }
     for name, value in told.items():
         if value is not None:
-            script = _filled(script, name, value)
-    for name, value in {"cpus-per-task": f"{_CPUS * machines.gpus}", "mem": f"{_GIBIBYTES * machines.gpus}G"}.items():
-        if machines.gpus > 1:  # a guess, which stays to be looked at
-            script = _filled(script, name, value, "EDIT: ")
+            script = _filled(script, name, value, "EDIT: " if name in _GUESSED else "")
     for line in script.splitlines():
         if "# EDIT" in line and not (containers == "venv" and line.startswith("IMAGE=")):
             log.warn("render.left", f"as the template has it: {line}")
@@ -86,8 +86,8 @@ def kubernetes(
     Made by ``kubectl kustomize`` from a copy of ``k8s/``. Raises `errors.ConfigError` if `components` names one that is
     not there, or there is no kubectl.
     """
-    if not machines.gpus and "cpu" not in components:
-        components = ("cpu", *components)
+    if not machines.gpus:  # before a cache, which says itself how large it is
+        components = ("cpu", *(name for name in components if name != "cpu"))
     _known(components, templates / "k8s" / "components", machines)
     _say_local(config)
     overlay = "overlays/multi-node" if machines.nodes > 1 else "overlays/multi-gpu" if machines.gpus > 1 else "base"
@@ -214,11 +214,16 @@ def _filled(script: str, name: str, value: str, mark: str = "") -> str:
     return made
 
 
-def _folders(config: Config) -> list[str]:
-    """What the config names of the cluster's disks, and a container must be given; its cache is the script's."""
+def _folders(config: Config, file: Path, checkout: Path) -> list[Path]:
+    """What a container must be given of the cluster's disks: the folder of the config's `file`, and what it names.
+
+    Not what lies in the checkout, which the script gives, as the cache.
+    """
     urls = [(config.run.url, True), (config.model.base, True), *((url, url.endswith("/")) for url in _data(config))]
     paths = [(unquote(urlsplit(url).path), folder) for url, folder in urls if url.startswith("file://")]
-    return sorted({path.rstrip("/") if folder else str(Path(path).parent) for path, folder in paths})
+    named = {Path(path) if folder else Path(path).parent for path, folder in paths} | {file.absolute().parent}
+    named.discard(checkout)
+    return sorted(one for one in named if not {checkout, *named}.intersection(one.parents))
 
 
 def _plain(name: str | Path) -> str:

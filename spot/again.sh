@@ -23,5 +23,6 @@ case $how in
     ;;
 esac
 echo "$end"
-[ -z "${AT_END:-}" ] || sh -c "$AT_END" || echo "AT_END failed: $AT_END"
+# Not for ever: systemd ends this script after TimeoutStopSec, and the machine would stay on.
+[ -z "${AT_END:-}" ] || timeout --kill-after=5 60 sh -c "$AT_END" || echo "AT_END failed: $AT_END"
 [ "${SHUTDOWN:-yes}" = no ] || systemctl --no-block poweroff

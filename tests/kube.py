@@ -89,6 +89,9 @@ def misfits(objects: list[Object], version: str) -> list[str]:
             kubernetes_validate.validate(each, version, strict=True)
         except kubernetes_validate.ValidationError as e:
             found.append(f"{each['kind']} {version}: {e.message}")
+    for job in jobs(objects):  # schemas do not say it
+        several = [volume for volume in job["spec"]["template"]["spec"]["volumes"] if len(volume) != 2]
+        found += [f"volume {volume['name']} is not of one kind: {', '.join(volume)}" for volume in several]
     for each in objects:
         if each["kind"] == "JobSet":
             understood = JobsetV1alpha2JobSet.from_dict(each).to_dict()

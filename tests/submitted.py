@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # Stands in for the job where only its end matters: ends after SECONDS with STATUS, or with 75 when it is asked to.
 STAND_IN = """#!/bin/bash
-echo "start ${SLURM_RESTART_COUNT:-0} on $(hostname), GPU $CUDA_VISIBLE_DEVICES: $*"
+echo "start ${SLURM_RESTART_COUNT:-0} on $(hostname), GPU $CUDA_VISIBLE_DEVICES, until $SLURM_JOB_END_TIME: $*"
 trap 'asked=yes' USR1 TERM
 [ -z "$DEAF" ] || trap '' USR1 TERM
 for ((i = 0; i < ${LASTS:-0} * 10; i++)); do [ -z "$asked" ] || { echo "asked"; exit 75; }; sleep 0.1; done

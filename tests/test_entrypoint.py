@@ -5,12 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, S3, command, files
+
+from job import errors, paths
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "boto3", "pydantic", "rich", "pyarrow")
@@ -185,6 +188,33 @@ def test_another_users_cache_is_not_trusted(verb: str, tiny_run: Callable[..., P
     assert "belongs to user 12345, and this is user 0: set run.cache" in outcome.stderr
     assert not list((tmp_path / "cache").iterdir())
     assert not (tmp_path / "run" / "lease.json").exists()
+
+
+def test_a_disk_that_gives_files_an_owner_of_its_own_is_none_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As EFS does, and NFS with all_squash: what we make there belongs to the same stranger."""
+    if os.geteuid():
+        pytest.skip("needs root to be another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chown(folder, 12345, -1)
+        cache = paths.Cache.of(Path(folder), "file:///run")
+        with pytest.raises(errors.ConfigError, match="belongs to user 12345"):
+            cache.check()
+        monkeypatch.setattr(os, "geteuid", lambda: 54321)
+        os.seteuid(12345)  # who makes files there becomes this one
+        try:
+            cache.check()
+            assert not list(Path(folder).iterdir())
+        finally:
+            os.seteuid(0)
+
+
+def test_a_cache_that_everybody_may_write_is_said(tmp_path: Path, said: Callable[[], str]) -> None:
+    """Some disks show every folder so: it is a warning."""
+    tmp_path.chmod(0o777)
+
+    paths.Cache.of(tmp_path, "file:///run").check()
+
+    assert f"everybody on this machine may write into the cache {tmp_path}" in said()
 
 
 def test_a_new_cache_is_its_users_alone(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:

@@ -213,8 +213,17 @@ def test_a_key_that_is_set_exists(name: str) -> None:
     """A typo would end every start with 64."""
     keys = set(config.all_keys())
 
-    assert set(re.findall(r"--set[ =,]+([a-z_]+\.[a-z_]+)=", text(name))) <= keys
+    assert set(re.findall(r"""--set[ =,]+"?([a-z_]+\.[a-z_]+)=""", text(name))) <= keys
     assert set(re.findall(r"value: ([a-z]+\.[a-z_]+)=", text(name))) <= keys
+
+
+def test_the_keys_of_a_sweep_exist() -> None:
+    """Each line is a name and what is set for it."""
+    lines = [line.split() for line in text("slurm/sweep.txt").splitlines()]
+
+    assert len({name for name, *_ in lines}) == len(lines) > 1
+    assert {change.partition("=")[0] for _, *changes in lines for change in changes} <= set(config.all_keys())
+    assert set(re.findall(r'--set "(\w+\.\w+)=', text("slurm/sweep.sbatch"))) == {"run.name", "run.url"}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -235,11 +244,11 @@ def test_what_a_user_must_change_is_marked(place: str) -> None:
         r"spot: 10 of 15",
         r"USR1, 120 s",
         r"\b120 s, of which it is told 110\b",
-        rf"\b{RETRIES} times\b|\bthree times\b",
-        r"/etc/finetune/run\.yaml",
-        r"\b10001\b",
-        r"FINETUNE_ALIVE",
-        r"\bEDIT\b",
+        r"\| … with 1 or by a signal .* requeued 3 times",
+        r"\| ends with 1, or is killed .* three times",
+        r"\| anything else \| .* three times",
+        r"\*\*User\.\*\* 10001 in group 0",
+        r"touches `/tmp/alive` every ten seconds \(`FINETUNE_ALIVE`\)",
     ],
 )
 def test_the_page_names_what_is_there(sentence: str) -> None:

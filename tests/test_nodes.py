@@ -192,6 +192,17 @@ def test_a_request_to_stop_is_heard_in_every_phase(moment: str, nodes: Callable[
     assert nodes().ended() == [0, 0]
 
 
+def test_a_cache_that_one_machine_cannot_use_is_told_on_all(nodes: Callable[[], Nodes], tmp_path: Path) -> None:
+    """At once: the others do not wait for it with all of their GPUs."""
+    (tmp_path / "cache-1").mkdir()
+    os.chown(tmp_path / "cache-1", 12345, -1)
+
+    made = nodes()
+
+    assert made.ended() == [64, 64]
+    assert "belongs to user 12345" in made.said(0)
+
+
 def test_a_failure_on_one_machine_is_told_on_all(nodes: Callable[[], Nodes], config: Path) -> None:
     """What fails for good fails for good everywhere, with its reason."""
     tree = yaml.safe_load(config.read_text())

@@ -47,20 +47,29 @@ def test_a_batch_script_is_the_template_with_what_was_told(
     subprocess.run(["bash", "-n", tmp_path / "made.sbatch"], check=True)
     told = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", made, re.MULTILINE))
     expected = {"job-name": "tiny", "nodes": str(nodes), "gpus-per-node": str(gpus), "time": "4:00:00"}
+    expected |= {"cpus-per-task": str(8 * max(1, gpus)), "mem": f"{64 * max(1, gpus)}G"}
     assert {name: told[name] for name in expected} == expected
     assert f"CONFIG=${{1:-{config}}} " in made
     assert "exec bash" not in made
 
 
-def test_a_container_is_given_the_folders_that_the_config_names(job: Job, tiny_run: Callable[..., Path]) -> None:
-    """Those of the store, of the base model and of the data; what is done is that of the template."""
-    config = tiny_run()
-    folders = {str(config.parent), f"{config.parent}/run", yaml.safe_load(config.read_text())["model"]["base"]}
+def test_a_container_is_given_the_folders_that_the_config_names(
+    job: Job, tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """And its own; each once, with what is below it; what is done is that of the template."""
+    store, checkout = tmp_path / "lustre" / "runs", (ROOT / ".smoke" / "data" / "eval.jsonl").as_uri()
+    config = tmp_path / "mine" / "run.yaml"
+    config.parent.mkdir()
+    tiny_run(run={"url": store.as_uri()}, data={"eval": [checkout]}).rename(config)
+    base = yaml.safe_load(config.read_text())["model"]["base"]
+    (tmp_path / "train.jsonl").rename(config.parent / "train.jsonl")
+    config.write_text(config.read_text().replace(f"{tmp_path}/train.jsonl", f"{config.parent}/data/train.jsonl"))
 
-    made = script(job, config, "--containers", "apptainer", "--image", "/images/job.sif")
+    made = script(job, config, "--containers", "apptainer", "--image", "job.sif")
 
-    assert set(re.findall(r"^MOUNTS=\"(.*?)\"", made, re.MULTILINE)[0].split()) == folders
-    assert re.search(r"^IMAGE=/images/job.sif +#", made, re.MULTILINE)
+    mounted = re.findall(r"^MOUNTS=\"(.*?)\"", made, re.MULTILINE)[0].split()
+    assert mounted == sorted([base, str(store), str(config.parent)])
+    assert re.search(rf"^IMAGE={tmp_path}/job.sif +#", made, re.MULTILINE)
     assert re.search(r"^WITH=apptainer +#", made, re.MULTILINE)
     template = (ROOT / "slurm" / "train.sbatch").read_text()
     assert made[made.index("say() {") :] == template[template.index("say() {") :]
@@ -114,6 +123,14 @@ def test_a_runs_name_becomes_one_that_kubernetes_takes(name: str, label: str, jo
     made = objects(job, config, "--nodes", 2)
 
     assert kube.only(made, "Job")["metadata"]["name"] == kube.only(made, "Service")["metadata"]["name"] == label
+
+
+def test_a_cache_is_as_large_as_it_says_also_without_gpus(job: Job) -> None:
+    """In whatever order the components are named."""
+    made = objects(job, PRESET, "--gpus", 0, "--with", "cache-pvc", "--with", "cpu")
+
+    (cache,) = [volume for volume in kube.pod(made)["volumes"] if volume["name"] == "cache"]
+    assert cache == {"name": "cache", "persistentVolumeClaim": {"claimName": "qwen3-8b-qlora-24gb-cache"}}
 
 
 def test_a_disk_that_pods_do_not_have_is_said(job: Job, tiny_run: Callable[..., Path]) -> None:

@@ -1,17 +1,20 @@
 """What an attacker would like to find: secrets in files, unpinned packages, an image or an audit that hides it."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, need
+from conftest import ROOT, S3, command, need
 
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 SECRETS = {
@@ -229,6 +232,49 @@ def test_an_audit_without_advisories_says_that_it_was_none(advisories: Callable[
         assert each.returncode == 0, each.stderr
         assert re.match(r"NOT AUDITED: (\d+) of \1 packages: \S", each.stdout), each.stdout
     assert "could not be audited" in unknown.stdout
+
+
+def command_lines(of: str) -> set[str]:
+    """Those of all processes that have `of` in theirs, as anybody on the machine can read them."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found.add(place.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return {line for line in found if of in line}
+
+
+def test_a_run_leaves_its_secrets_nowhere(
+    s3: S3, bucket: str, tiny_model: Path, tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Not in the store, the cache, its words or a list of processes; and the cache is closed to other users."""
+    s3.upload(tiny_model, bucket, "models/tiny")
+    config = tiny_run(run={"url": f"s3://{bucket}/run"}, model={"base": f"s3://{bucket}/models/tiny"})
+    planted = [s3.environ["AWS_SECRET_ACCESS_KEY"], "hf-planted-" + "9d21"]
+    environ = {**os.environ, **s3.environ, "HF_TOKEN": planted[1]}
+    line, lines = command("run", config, "--json", "--debug"), set()
+
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(line, env=environ, stdout=said, stderr=said) as job,
+    ):
+        while job.poll() is None:
+            lines |= command_lines(str(tmp_path))
+            time.sleep(0.1)
+    rendered = [
+        subprocess.run(command("render", *kind, config), env=environ, capture_output=True, check=True)
+        for kind in (("slurm",), ("k8s", "--image=x"))
+    ]
+
+    client = s3.client()
+    told = {f"store: {key}": client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in s3.keys(bucket)}
+    told |= {str(path): path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    told |= {"said": (tmp_path / "said").read_bytes(), "processes": "\n".join(lines).encode()}
+    told |= {f"rendered {n}": each.stdout + each.stderr for n, each in enumerate(rendered)}
+    assert job.returncode == 0, told["said"]
+    assert len(lines) > 1  # the job, and what trains
+    assert len(told) > 20
+    assert not [where for where, text in told.items() for secret in planted if secret.encode() in text]
+    assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
 
 
 def plain(name: str) -> str:

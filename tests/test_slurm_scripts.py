@@ -86,6 +86,21 @@ def test_of_an_array_only_the_task_that_was_asked_to_stop_is_requeued(cluster: S
     assert [cluster.job(f"{array}_{task}")["Restarts"] for task in (1, 2)] == ["0", "1"]
 
 
+def test_a_job_knows_itself_whatever_it_was_submitted_from(cluster: Slurm, checkout: Checkout) -> None:
+    """A task of an array that submits one hands all of its variables on; and not every site counts cores for a task."""
+    script = checkout.folder / "slurm" / "train.sbatch"
+    script.write_text(re.sub(r"#SBATCH --cpus-per-task.*\n", "", script.read_text()))
+    of_others = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_END_TIME": "1", "failed": "0"}
+    job = cluster.submit("--time=60", "slurm/train.sbatch", cwd=checkout.folder, LASTS="4", **of_others)
+    checkout.until("start 0", job)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+
+    assert cluster.until(job, "COMPLETED", why=lambda: checkout.said(job))["Restarts"] == "1"
+    ends = [int(found) - time.time() for found in re.findall(r"until (\d+): ", checkout.said(job))]
+    assert len(ends) == 2
+    assert all(3400 < left <= 3600 for left in ends)
+
+
 def test_what_cannot_go_on_ends_at_once_and_says_why(cluster: Slurm, checkout: Checkout) -> None:
     """Where Slurm may not requeue, where failures cannot be counted, and where the time limit allows for nothing."""
     (checkout.folder / ".failures-2").mkdir()

@@ -185,6 +185,18 @@ def test_a_command_runs_before_the_machine_goes_off(machine: Callable[..., Machi
     assert "AT_END failed" in made.said()
 
 
+def test_a_command_that_hangs_keeps_no_machine_on(machine: Callable[..., Machine]) -> None:
+    """It has a minute (here two seconds), which is less than systemd gives the script."""
+    made = machine("work 0", AT_END="sleep 1000")
+    made.until(lambda: made.calls("working") == 1)
+    made.run("sed", "-i", "s/--kill-after=5 60/--kill-after=5 2/", "/usr/local/lib/finetune/again.sh")
+
+    made.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", UNIT, check=False)
+    made.until(made.off)
+
+    assert "AT_END failed" in made.said()
+
+
 def test_a_run_that_is_done_is_not_repeated_when_nobody_counts(machine: Callable[..., Machine]) -> None:
     """Without again.sh the machine stays on, but the job is not started for ever."""
     made = machine("work 0", 0, 0)

@@ -7,7 +7,7 @@ import time
 from typing import Self
 
 from job import errors, log
-from job.cluster.line import LAST, RETRY, Asked, End, Line, Lost, Message, listen, until_the_end
+from job.cluster.line import LAST, RETRY, Asked, End, Line, Lost, Message, listen, never, until_the_end
 from job.cluster.node import Node
 from job.cluster.peers import PATIENCE, Alone, verdict
 
@@ -40,9 +40,10 @@ class First(Alone):
             while len(self._lines) < self._here.count - 1:
                 if time.monotonic() > until:
                     missing = sorted(set(range(1, self._here.count)) - self._lines.keys())
-                    raise errors.PeerError(
+                    raise never(
+                        self._here,
                         f"node {', '.join(map(str, missing))} of {self._here.count} did not reach "
-                        f"{self._here.first}:{self._here.port} within {patience:.0f} s: look there, and at firewalls"
+                        f"{self._here.first}:{self._here.port} within {patience:.0f} s: look there, and at firewalls",
                     )
                 self._changed.wait(RETRY)
             self._needed = True

@@ -87,18 +87,27 @@ def listen(port: int = 0, *, here: bool = False) -> socket.socket:
 
 
 def reach(here: Node, patience: float) -> Line:
-    """Connect to the first node, which may come up later; raises `errors.PeerError` if it does not."""
+    """Connect to the first node, which may come up later; raises what `never` gives if it does not."""
     until = time.monotonic() + patience
     while True:
         try:
             return Line(socket.create_connection((here.first, here.port), timeout=SILENCE))
         except OSError as e:
             if time.monotonic() > until:
-                raise errors.PeerError(
+                raise never(
+                    here,
                     f"node 0 cannot be reached at {here.first}:{here.port} since {patience:.0f} s ({e}): look there, "
-                    "at the name, and at firewalls"
+                    "at the name, and at firewalls",
                 ) from e
             time.sleep(RETRY)
+
+
+def never(here: Node, why: str) -> errors.JobError:
+    """The error for a node that did not appear.
+
+    Slurm starts all of them at once: there it is a failure, and is counted. Elsewhere it may wait for its machine.
+    """
+    return errors.JobError(why) if here.told_by == "Slurm" else errors.PeerError(why)
 
 
 @dataclass(frozen=True)
