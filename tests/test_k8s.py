@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from job import config, errors
+from job import config
 
 OVERLAYS = ("base", "overlays/multi-gpu", "overlays/multi-node")
 CACHES = ("", "cache-nvme", "cache-pvc", "cache-ephemeral")
@@ -179,61 +178,6 @@ def test_the_first_pod_is_found_by_what_kubernetes_tells_each() -> None:
         told[folder] = [variables[name]["valueFrom"]["fieldRef"]["fieldPath"] for name in ("JOB_NAME", "SERVICE")]
     job, jobset = "metadata.labels['batch.kubernetes.io/job-name']", "metadata.labels['jobset.sigs.k8s.io/jobset-name']"
     assert told == {"overlays/multi-node": [job, job], "overlays/jobset": [job, jobset]}
-
-
-def test_a_job_ends_as_its_exit_statuses_say() -> None:
-    """Permanent failures at once, requests to stop never, the rest after three more; in several pods as in one."""
-    for folder in OVERLAYS:
-        (job,) = kube.jobs(kube.overlay(folder))
-        rules = [
-            (rule["action"], rule.get("onExitCodes", {}).get("values") or rule["onPodConditions"])
-            for rule in job["spec"]["podFailurePolicy"]["rules"]
-        ]
-
-        assert rules == [
-            ("FailJob", [errors.PERMANENT]),
-            ("Ignore", [errors.AGAIN]),
-            ("Ignore", [{"type": "DisruptionTarget", "status": "True"}]),
-        ]
-        assert job["spec"]["backoffLimit"] == 3
-        assert job["spec"]["podReplacementPolicy"] == "Failed"
-        per_index = {name: job["spec"].get(name) for name in ("backoffLimitPerIndex", "maxFailedIndexes")}
-        assert list(per_index.values()) == ([3, 0] if "multi-node" in folder else [None, None])
-
-
-@pytest.mark.parametrize(
-    ("message", "action"),
-    [
-        (
-            "Container finetune for pod n/p failed with exit code 64 matching FailJob rule at index 0",
-            "FailJobSet",
-        ),
-        (
-            "Container finetune for pod n/p failed with exit code 75 matching FailJob rule at index 1",
-            "RestartJobSetAndIgnoreMaxRestarts",
-        ),
-        (
-            "Pod n/p has condition DisruptionTarget matching FailJob rule at index 2",
-            "RestartJobSetAndIgnoreMaxRestarts",
-        ),
-        ("Whatever a later version says", None),
-    ],
-)
-def test_a_jobset_tells_the_reasons_of_a_failed_job_apart(message: str, action: str | None) -> None:
-    """By the message of Kubernetes' Job controller; one that it does not know counts as any failure."""
-    objects = kube.overlay("overlays/jobset")
-    policy, (job,) = kube.only(objects, "JobSet")["spec"]["failurePolicy"], kube.jobs(objects)
-
-    matching = [
-        rule["action"]
-        for rule in policy["rules"]
-        if any(re.fullmatch(pattern, message) for pattern in rule["onJobFailureMessagePatterns"])
-    ]
-
-    assert matching == ([action] if action else [])
-    assert policy["maxRestarts"] == 3
-    assert job["spec"]["backoffLimit"] == 0
-    assert {rule["action"] for rule in job["spec"]["podFailurePolicy"]["rules"]} == {"FailJob"}
 
 
 @pytest.mark.parametrize("cache", CACHES)

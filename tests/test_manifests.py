@@ -36,36 +36,59 @@ def sky() -> kube.Object:
     return loaded
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_kubernetes_knows_the_statuses(overlay: str) -> None:
-    """64 ends the run, 75 and the loss of a node count for nothing, all else a few times."""
-    made = kube.overlay(overlay)
-    (job,) = kube.jobs(made)
-    rules = [
-        (rule["action"], rule.get("onExitCodes", {}).get("values"), bool(rule.get("onPodConditions")))
-        for rule in job["spec"]["podFailurePolicy"]["rules"]
-    ]
-
-    if overlay == "overlays/jobset":
-        assert rules == [
-            ("FailJob", [errors.PERMANENT], False),
-            ("FailJob", [errors.AGAIN], False),
-            ("FailJob", None, True),
+def test_a_job_ends_as_its_exit_statuses_say() -> None:
+    """Permanent failures at once, requests to stop never, the rest after three more; in several pods as in one."""
+    for folder in ("base", "overlays/multi-gpu", "overlays/multi-node"):
+        (job,) = kube.jobs(kube.overlay(folder))
+        rules = [
+            (rule["action"], rule.get("onExitCodes", {}).get("values") or rule["onPodConditions"])
+            for rule in job["spec"]["podFailurePolicy"]["rules"]
         ]
-        policy = kube.only(made, "JobSet")["spec"]["failurePolicy"]
-        told = {rule["action"]: " ".join(rule["onJobFailureMessagePatterns"]) for rule in policy["rules"]}
-        assert f"exit code {errors.PERMANENT} " in told["FailJobSet"]
-        assert f"exit code {errors.AGAIN} " in told["RestartJobSetAndIgnoreMaxRestarts"]
-        assert policy["maxRestarts"] == RETRIES
-        assert job["spec"]["backoffLimit"] == 0
-    else:
+
         assert rules == [
-            ("FailJob", [errors.PERMANENT], False),
-            ("Ignore", [errors.AGAIN], False),
-            ("Ignore", None, True),
+            ("FailJob", [errors.PERMANENT]),
+            ("Ignore", [errors.AGAIN]),
+            ("Ignore", [{"type": "DisruptionTarget", "status": "True"}]),
         ]
         assert job["spec"]["backoffLimit"] == RETRIES
-        assert job["spec"].get("backoffLimitPerIndex", RETRIES) == RETRIES
+        assert job["spec"]["podReplacementPolicy"] == "Failed"
+        per_index = {name: job["spec"].get(name) for name in ("backoffLimitPerIndex", "maxFailedIndexes")}
+        assert list(per_index.values()) == ([RETRIES, 0] if "multi-node" in folder else [None, None])
+
+
+@pytest.mark.parametrize(
+    ("message", "action"),
+    [
+        (
+            "Container finetune for pod n/p failed with exit code 64 matching FailJob rule at index 0",
+            "FailJobSet",
+        ),
+        (
+            "Container finetune for pod n/p failed with exit code 75 matching FailJob rule at index 1",
+            "RestartJobSetAndIgnoreMaxRestarts",
+        ),
+        (
+            "Pod n/p has condition DisruptionTarget matching FailJob rule at index 2",
+            "RestartJobSetAndIgnoreMaxRestarts",
+        ),
+        ("Whatever a later version says", None),
+    ],
+)
+def test_a_jobset_tells_the_reasons_of_a_failed_job_apart(message: str, action: str | None) -> None:
+    """By the message of Kubernetes' Job controller; one that it does not know counts as any failure."""
+    objects = kube.overlay("overlays/jobset")
+    policy, (job,) = kube.only(objects, "JobSet")["spec"]["failurePolicy"], kube.jobs(objects)
+
+    matching = [
+        rule["action"]
+        for rule in policy["rules"]
+        if any(re.fullmatch(pattern, message) for pattern in rule["onJobFailureMessagePatterns"])
+    ]
+
+    assert matching == ([action] if action else [])
+    assert policy["maxRestarts"] == RETRIES
+    assert job["spec"]["backoffLimit"] == 0
+    assert {rule["action"] for rule in job["spec"]["podFailurePolicy"]["rules"]} == {"FailJob"}
 
 
 def test_the_other_schedulers_know_the_statuses() -> None:

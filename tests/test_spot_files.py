@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +103,8 @@ def test_the_environment_is_read_alike_by_systemd_and_docker(user_data: dict[str
     assert [name for name in values if f"${{{name}" not in used] == ["AWS_REGION"]
 
 
-def test_every_file_starts_the_same_image(user_data: dict[str, Any]) -> None:
-    """Of this version; what a user replaces is marked."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    dstack, sky = (yaml.safe_load((SPOT / name).read_text()) for name in ("dstack.yml", "skypilot.yaml"))
-
-    assert dstack["image"] == sky["envs"]["IMAGE"] == f"finetune-job:{version}"
-    assert f"IMAGE=finetune-job:{version}\n" in user_data["write_files"][1]["content"]
-    for name in ("user-data.yaml", "skypilot.yaml", "dstack.yml"):
-        assert (SPOT / name).read_text().count("EDIT") > 3, name
-
-
 def test_skypilot_starts_the_image_as_the_unit_does() -> None:
-    """With the same limits, and knows 75."""
+    """With the same limits; tests/test_manifests.py looks at the statuses."""
     sky = yaml.safe_load((SPOT / "skypilot.yaml").read_text())
     unit = (SPOT / "finetune.service").read_text()
     limits = "--rm --name finetune --gpus all --network host --read-only --tmpfs /tmp --shm-size 8g"
@@ -126,11 +114,7 @@ def test_skypilot_starts_the_image_as_the_unit_does() -> None:
     assert limits in sky["run"]
     assert more in unit
     assert more in sky["run"]
-    assert sky["resources"]["job_recovery"] == {
-        "strategy": "EAGER_NEXT_REGION",
-        "max_restarts_on_errors": 3,
-        "recover_on_exit_codes": [75],
-    }
+    assert sky["resources"]["job_recovery"]["strategy"] == "EAGER_NEXT_REGION"
 
 
 @pytest.mark.parametrize(
