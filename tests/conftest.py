@@ -17,6 +17,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import scheduler
 import yaml
 from botocore.client import BaseClient
 from botocore.exceptions import BotoCoreError, ClientError
@@ -102,6 +103,14 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     for name, value in s3_server.environ.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def cluster() -> Iterator[scheduler.Slurm]:
+    """A Slurm of two nodes."""
+    need(scheduler.WHAT, scheduler.possible() or None)
+    with scheduler.slurm() as made:
+        yield made
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,6 @@ STEPS = {
     "train": {"epochs": None, "max_steps": 160, "eval_every": 80, "log_every": 40},
     "checkpoint": {"every_steps": 20},
 }
-
-
-@pytest.fixture
-def cluster() -> Iterator[Slurm]:
-    need(WHAT, possible() or None)
-    with slurm() as made:
-        yield made
 
 
 @pytest.fixture

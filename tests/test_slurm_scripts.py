@@ -5,24 +5,16 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, need
-from scheduler import WHAT, Slurm, possible, slurm
+from conftest import ROOT
+from scheduler import Slurm
 from submitted import Checkout
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 # What is set to another value must be found by a person's eye, by grep, and by a program, one in a line.
 SETTING = re.compile(r"(#SBATCH --[a-z-]+|[A-Za-z]+)=\S+ +# EDIT: \S")
-
-
-@pytest.fixture
-def cluster() -> Iterator[Slurm]:
-    need(WHAT, possible() or None)
-    with slurm() as made:
-        yield made
 
 
 @pytest.fixture
