@@ -171,7 +171,8 @@ def test_a_run_in_a_container_is_told_too(checkout: Checkout, config: Path, undi
     (image / "opt" / "job").symlink_to(sys.prefix)
     (image / "app").symlink_to(ROOT)
     # What is below /tmp is there anyway: ch-run shares it.
-    mounts = f'"/usr {sys.base_prefix} {ROOT} {tmp_path}"' if sys.base_prefix != "/usr" else f'"/usr {ROOT} {tmp_path}"'
+    folders = dict.fromkeys(map(str, ("/usr", sys.base_prefix, sys.prefix, ROOT, tmp_path)))
+    mounts = f'"{" ".join(folders)}"'
     checkout.edit("train.sbatch", WITH="charliecloud", IMAGE=image, MOUNTS=mounts)
     with slurm() as cluster:
         job = cluster.submit("slurm/train.sbatch", config, cwd=checkout.folder)
