@@ -120,7 +120,7 @@ def test_a_request_to_stop_ends_a_job_that_stands_still(tiny_run: Callable[..., 
         job.process.terminate()
 
         assert job.status() == 75
-        assert time.monotonic() - asked < 15
+        assert time.monotonic() - asked < 15 + 5  # of a busy machine; without an end of its own it would be 600
 
 
 @pytest.mark.slow
