@@ -8,10 +8,16 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # a request to stop waits until it is listened for: imports may take seconds on a cluster
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPWR]
+    )
 
 from job import alive, cli, errors, log, preemption
 

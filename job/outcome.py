@@ -59,9 +59,9 @@ def stuck(given: Task, rank: int) -> Callable[[str, bool], None]:
 
 def _run(job: Callable[[Notice], None]) -> BaseException | None:
     notice = preemption.Notice()
-    notice.listen()
     try:
         try:
+            notice.listen()
             job(notice)
         finally:
             notice.conclude()

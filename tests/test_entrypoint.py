@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, S3, command, files
 
-from job import errors, paths
+from job import errors, paths, preemption
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "boto3", "pydantic", "rich", "pyarrow")
@@ -73,6 +74,39 @@ def test_a_wrong_command_line_is_permanent(arguments: list[str], job: Job) -> No
 
     assert outcome.returncode == 64
     assert "Traceback" not in outcome.stderr
+
+
+# Python imports it before anything else: a finder that takes its time with the first package that a command needs.
+SLOW = """
+import pathlib, sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            pathlib.Path("importing").touch()
+            time.sleep(1)
+sys.meta_path.insert(0, Slow())
+"""
+
+
+@pytest.mark.parametrize("number", [*preemption.SIGNALS, preemption.STOP], ids=lambda number: number.name)
+def test_a_request_that_comes_while_python_imports_is_heard(
+    number: signal.Signals, tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """On a cluster's file system that takes seconds, and a scheduler does not wait for it."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW, encoding="utf-8")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    with subprocess.Popen(
+        command("run", tiny_run()), cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not (tmp_path / "importing").exists():
+            time.sleep(0.01)
+        process.send_signal(number)
+        said = process.stderr.read() if process.stderr else ""
+
+    assert process.returncode == 75, said
+    assert f"stopped by {number.name}" in said
+    assert not (tmp_path / "run").exists()
 
 
 def edit(**changes: dict[str, object]) -> Callable[[Path, S3, str], dict[str, dict[str, object]]]:

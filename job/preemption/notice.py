@@ -32,10 +32,14 @@ class Notice:
         self._deferred, self._concluded = False, False
 
     def listen(self) -> None:
-        """Take over the signals by which schedulers announce that they will take the machine away."""
+        """Take over the signals by which schedulers announce that they will take the machine away.
+
+        Raises `errors.Preempted` if one came before, while they were blocked.
+        """
         for number in (*SIGNALS, STOP):
             signal.signal(number, self._heard)
         signal.signal(_WAKE, self._woken)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [*SIGNALS, STOP])
 
     def check(self) -> None:
         """Raise the failure of another thread, once, or `errors.Preempted` if the request has come."""
