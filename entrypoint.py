@@ -78,7 +78,7 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
 
 def lead(here: Here, *, restart: bool) -> None:
     """Do it in order, as the machine that owns the run; the others train with it."""
-    from job import attempts, claim, inputs, lease, paths, publish, pull, report, storage
+    from job import attempts, claim, convert, inputs, lease, paths, publish, pull, report, storage
 
     config, notice, after = here.machine.config, here.machine.notice, here.machine.after
     cache = here.cache
@@ -98,7 +98,7 @@ def lead(here: Here, *, restart: bool) -> None:
         here.peers.release()
     else:
         here.peers.tell(pull=True)
-    base = pull.base(config, cache)
+    base = convert.native(pull.base(config, cache), cache, after)
     if not trained:
         start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
         made = train(dataclasses.replace(here, store=store), owner, start, base)
@@ -165,7 +165,7 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
 
 def help_out(here: Here) -> None:
     """Train with the first machine when it says so, and stay until it has published: to be needed again is possible."""
-    from job import attempts, checkpoint, cluster, inputs, launch, paths, pull
+    from job import attempts, checkpoint, cluster, convert, inputs, launch, paths, pull
 
     machine, config, store, cache, first = here.machine, here.machine.config, here.store, here.cache, here.peers
     pull.preflight(config, cache, machine.after, helps=True)
@@ -173,7 +173,7 @@ def help_out(here: Here) -> None:
     told = first.hear()
     if "pull" in told:
         log.phase("pull")
-        base = pull.base(config, cache)
+        base = convert.native(pull.base(config, cache), cache, machine.after)
         told = first.hear()
     if "start" in told:
         start = inputs.Start(**told["start"])

@@ -92,6 +92,10 @@ class Cache:
         """A base model, shared by all runs that use it."""
         return self.root / "models" / fingerprint
 
+    def converted(self, url: str) -> Path:
+        """What the base model at `url` becomes if transformers does not load it as it is."""
+        return self.root / "models" / f"converted-{digest(url)}"
+
     def data(self, fingerprint: str) -> Path:
         """Raw data files, shared by all runs that use them."""
         return self.root / "data" / fingerprint

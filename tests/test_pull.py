@@ -32,7 +32,9 @@ def cache(tmp_path: Path) -> paths.Cache:
     ("spoil", "told"),
     [
         (lambda b: (b / "model.safetensors").unlink(), "has no weights at all: the job reads *.safetensors"),
-        (lambda b: (b / "model.safetensors").rename(b / "pytorch_model.bin"), "has only pytorch_model.bin"),
+        (lambda b: (b / "model.safetensors").rename(b / "flax_model.msgpack"), "has only flax_model.msgpack"),
+        (lambda b: (b / "model.safetensors").rename(b / "pytorch_model-00001-of-00002.bin"),
+         "lacks pytorch_model-00002-of-00002.bin: the upload"),
         (lambda b: (b / "model.safetensors").rename(b / "model-00001-of-00003.safetensors"),
          "lacks model-00002-of-00003.safetensors, model-00003-of-00003.safetensors: the upload"),
         (lambda b: (b / "tokenizer.json").unlink(), "has no tokenizer"),

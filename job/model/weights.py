@@ -63,19 +63,27 @@ def for_merging(base: Path, settings: config.Model, dtype: str) -> PreTrainedMod
 
 
 def _load(base: Path, settings: config.Model, **how: Any) -> PreTrainedModel:  # noqa: ANN401 - the border to transformers
+    loaded: PreTrainedModel
+    told: dict[str, Any]
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, told = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
             base,
             config=_described(base, settings),
             attn_implementation=_attention(settings),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
             **how,
         )
     except _UNUSABLE as e:
         raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
-    return cast("PreTrainedModel", loaded)
+    if lacking := sorted(told["missing_keys"]):  # which transformers draws at random
+        raise errors.ModelError(
+            f"model.base: the model in {base} lacks {len(lacking)} weights, the first is {lacking[0]}: it is not "
+            "whole, or of another architecture than its config.json says"
+        )
+    return loaded
 
 
 def _described(base: Path, settings: config.Model) -> PretrainedConfig:

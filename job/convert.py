@@ -1,0 +1,124 @@
+"""Bring a base model in an old layout into the one that transformers loads, once, beside the original in the cache.
+
+Old are Qwen v1 and ChatGLM3, which no longer load without running their code, and weights in pickled files.
+"""
+
+import importlib.metadata
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job import errors, log, manifest, paths, storage
+from job.inputs import Base
+from job.model import legacy
+
+if TYPE_CHECKING:
+    import torch
+
+_KEPT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # of a base whose weights alone are converted
+_MADE_FROM = "converted-from.txt"
+_SOURCES = (*sorted(Path(legacy.__file__).parent.glob("*.py")), Path(legacy.__file__).parent.with_name("files.py"))
+
+
+def native(base: Base, cache: paths.Cache, keep: ExitStack) -> Base:
+    """`base` itself if transformers loads it, otherwise what it becomes, in the cache until `keep` is closed.
+
+    It stays the same base, by URL and digest. Raises `errors.ModelError` if it is not what its config.json says.
+    """
+    layout = legacy.recognise(_read(base.path / "config.json"), base.url)
+    if layout is None and any(base.path.glob("*.safetensors")):
+        return base
+    target, made_from = cache.converted(base.url), _made_from(base)
+    keep.enter_context(storage.used(target))
+    with storage.alone(target) as place:
+        if place.sealed() and (target / _MADE_FROM).read_text(encoding="ascii") == made_from:
+            log.event("convert.here", f"{base.url} is converted already")
+        else:
+            partial = target.with_name(f"{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _convert(base, layout, partial)
+            (partial / _MADE_FROM).write_text(made_from, encoding="ascii")
+            whole = manifest.seal(partial)
+            place.fill(partial)
+            log.event("convert.done", f"converted {base.url}: {log.size(whole.size)}", digest=whole.digest)
+    return Base(base.url, target, base.digest)
+
+
+def _made_from(base: Base) -> str:
+    """What the result depends on: the base, this code, and what writes the tokenizer."""
+    code = [manifest.sha256(path) for path in _SOURCES]
+    return paths.digest(
+        " ".join([base.digest, *code, *map(importlib.metadata.version, ("transformers", "tokenizers"))])
+    )
+
+
+def _convert(base: Base, layout: legacy.Layout | None, target: Path) -> None:
+    from job.model import files  # torch takes seconds to import, and most bases need no conversion
+
+    if layout is None:
+        log.event("convert.start", f"{base.url} has pickled weights: writing them as safetensors")
+        for path in base.path.iterdir():
+            if path.suffix in _KEPT and path.name not in (manifest.NAME, "pytorch_model.bin.index.json"):
+                shutil.copyfile(path, target / path.name)
+        files.write(files.tensors(base.path), target)
+        return
+    log.event(
+        "convert.start", f"{base.url} is a {layout.NAMES} model: converting it to {layout.config()['model_type']}"
+    )
+    generation = base.path / "generation_config.json"
+    told = _read(generation) if generation.exists() else {}
+    try:
+        words = layout.tokenizer(base.path, told)
+    except (OSError, ValueError) as e:
+        raise errors.ModelError(f"model.base: the tokenizer of {base.url} cannot be converted: {e}") from e
+    words.save_pretrained(target)
+    for name, content in [("config.json", layout.config()), (generation.name, layout.generation(told, words))]:
+        (target / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    renamed = (pair for name, tensor in files.tensors(base.path) for pair in _renamed(layout, name, tensor, base.url))
+    _check(target, files.write(renamed, target), base.url)
+
+
+def _renamed(layout: legacy.Layout, name: str, tensor: "torch.Tensor", where: str) -> "list[tuple[str, torch.Tensor]]":
+    try:
+        return list(layout.weights(name, tensor).items())
+    except KeyError as e:
+        raise errors.ModelError(
+            f"model.base: {where} holds the weight {name}, which no {layout.NAMES} model has"
+        ) from e
+    except RuntimeError as e:
+        raise errors.ModelError(f"model.base: {where} is not what its config.json says: the weight {name}: {e}") from e
+
+
+def _check(target: Path, made: "dict[str, torch.Size]", where: str) -> None:
+    """Compare with what transformers will look for: it draws what is missing at random, and says so in a log only."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            AutoConfig.from_pretrained(target, local_files_only=True)
+        )
+    wanted = {name: parameter.shape for name, parameter in network.named_parameters()}
+    for name in sorted(wanted.keys() | made.keys()):
+        if wanted.get(name) != made.get(name):
+            raise errors.ModelError(
+                f"model.base: {where} is not what its config.json says: the weight {name} would be "
+                f"{_shape(wanted.get(name))}, and is {_shape(made.get(name))}"
+            )
+
+
+def _shape(shape: "torch.Size | None") -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise errors.ModelError(f"model.base: {path} cannot be read ({e})") from e
+    if not isinstance(told, dict):
+        raise errors.ModelError(f"model.base: {path} is not a JSON object")
+    return told

@@ -1,0 +1,129 @@
+"""The step itself: look at everything first, then copy what is not on this machine yet."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from job import errors, log, manifest, paths, storage
+from job.config import Config
+from job.inputs import Base, DataFile, Prepared
+from job.manifest import Manifest
+from job.pull import look as looked
+from job.pull.look import Found
+
+
+def preflight(
+    config: Config,
+    cache: paths.Cache,
+    keep: ExitStack,
+    *,
+    trained: bool = False,
+    look: bool = False,
+    helps: bool = False,
+) -> None:
+    """Look at everything that the run will read, without reading it: it is there, usable, and there is room.
+
+    The data are not needed any more when the run is `trained`, nor by a machine that `helps` another one, and that one
+    alone merges. What the run uses of the cache is not evicted until `keep` is closed; what nobody uses is, where room
+    is short, unless this is only a `look`.
+
+    Raises the error that the run would end with later.
+    """
+    urls = () if trained or helps else (*config.data.train, *config.data.eval)
+    found = [looked.base(config), *(looked.data(url) for url in urls)]
+    converts = looked.converts(config, found[0]) and not manifest.sealed(cache.converted(config.model.base))
+    written = found[0].size * (converts + (config.merge.enabled and not helps))
+    keep.enter_context(storage.used(cache.work("")))
+    places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
+    pulled = 0
+    for each, place in zip(found, places, strict=True):
+        keep.enter_context(storage.used(place))
+        if not isinstance(each.source, storage.Folder) and not manifest.sealed(place):
+            pulled += max(0, each.size - storage.on_disk(place))
+    storage.make_room(cache.shelves(), pulled + written, config.run.cache_limit, look=look)
+    log.event(
+        "preflight",
+        f"found the base model ({log.size(found[0].size)}) and the data ({log.size(sum(f.size for f in found[1:]))})",
+        bytes=pulled,
+    )
+
+
+def base(config: Config, cache: paths.Cache) -> Base:
+    """Bring the base model here, verified, and say which one it is."""
+    found = looked.base(config)
+    path, whole = _here(found, cache.base(found.fingerprint))
+    return Base(config.model.base, path, whole.digest)
+
+
+def data(urls: Iterable[str], cache: paths.Cache) -> list[DataFile]:
+    """Bring the data files of one split here, in the order of `urls` and of their names."""
+    files = []
+    for url in urls:
+        found = looked.data(url)
+        path, whole = _here(found, cache.data(found.fingerprint))
+        below = found.source.url
+        files += [DataFile(f"{below}/{e.key}", path / e.key, whole.files[e.key].sha256) for e in found.entries]
+    return files
+
+
+def prepared(store: storage.Store, digest: str, cache: paths.Cache) -> Prepared:
+    """Bring the data here that another machine of this attempt has prepared, verified."""
+    target = cache.work("prepared")
+    if storage.fetch(store, paths.PREPARED, target) is None:
+        raise errors.StoreError(f"{store.url}/{paths.PREPARED} is not whole although it was a moment ago; start again")
+    return Prepared(target, digest)
+
+
+def artefact(store: storage.Store, place: str, cache: paths.Cache, confirm: Callable[[], None]) -> Path:
+    """Bring a sealed directory of the run here, verified; raises `errors.StoreError` if it is not whole.
+
+    One that is damaged where it lies loses its seal, so that the next start makes it anew.
+    """
+    target = cache.work(place.rstrip("/"))
+    try:
+        whole = storage.fetch(store, place, target)
+    except errors.CorruptError as e:
+        confirm()
+        store.delete(place + manifest.NAME)
+        raise errors.StoreError(
+            f"{store.url}/{place} is damaged where it lies: {e}. Start again to make it anew"
+        ) from e
+    if whole is None:
+        raise errors.StoreError(f"{store.url}/{place} is not whole although it was a moment ago; start again")
+    return target
+
+
+def _here(found: Found, target: Path) -> tuple[Path, Manifest]:
+    if isinstance(found.source, storage.Folder):
+        return found.source.root, _recorded(found.source, found, target.with_suffix(".json"))
+    if there := storage.here(target):
+        log.event("pull.here", f"{found.name} is here already", url=found.name, digest=there.digest)
+        return target, there
+    whole = storage.pull(found.source, found.entries, target)
+    log.event(
+        "pull.done",
+        f"{found.name}: {len(whole.files)} file(s), {log.size(whole.size)}, verified",
+        url=found.name,
+        digest=whole.digest,
+    )
+    return target, whole
+
+
+def _recorded(folder: storage.Folder, found: Found, record: Path) -> Manifest:
+    """Hash files that are used in place, once: the record's name changes when a size or a time does."""
+    with contextlib.suppress(FileNotFoundError, errors.DamagedError):
+        return manifest.parse(record.read_bytes(), str(record))
+    files = {e.key: manifest.File(size=e.size, sha256=manifest.sha256(folder.path(e))) for e in found.entries}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    temporary = record.with_suffix(f".{os.getpid()}.part")
+    temporary.write_bytes(Manifest(files).to_json())
+    temporary.rename(record)
+    log.event(
+        "pull.in_place",
+        f"{found.name}: {len(files)} file(s), {log.size(found.size)}, used in place",
+        url=found.name,
+        digest=Manifest(files).digest,
+    )
+    return Manifest(files)

@@ -1,0 +1,150 @@
+"""What is to be brought, found and looked at without reading it: the files of a base model, and of the data."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from job import errors, log, manifest, paths, storage
+from job.config import Config
+from job.model import legacy
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
+_PICKLED = re.compile(r"^pytorch_model.*\.bin$")
+_SHARDS = re.compile(r"-(\d{5})-of-(\d{5})(\.safetensors|\.bin)$")
+_DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
+_SHOWN = 8  # names in one line
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files of one source that belong together, not yet fetched."""
+
+    source: storage.Source
+    entries: Sequence[storage.Entry]
+
+    @property
+    def name(self) -> str:
+        """The source's URL, or that of its only file."""
+        return f"{self.source.url}/{self.entries[0].key}" if len(self.entries) == 1 else self.source.url
+
+    @property
+    def size(self) -> int:
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def fingerprint(self) -> str:
+        listing = [[e.key, e.size, e.version] for e in self.entries]
+        return paths.digest(json.dumps([self.source.url, listing]))
+
+
+def base(config: Config) -> Found:
+    """The files of the base model that are needed; raises `errors.ModelError` if it is no model, or not whole."""
+    source = storage.source(config.model.base)
+    entries = [e for e in source.list() if e.key != manifest.NAME]
+    if not entries:
+        raise errors.NotFoundError(
+            f"model.base: {source.url} holds no files: correct the URL, or upload the model there"
+        )
+    names = {e.key for e in entries}
+    weights = _weights(names, source.url)
+    if "config.json" not in names:
+        raise errors.ModelError(
+            f"model.base: {source.url} has no config.json: it is not a model folder in Hugging Face layout"
+        )
+    if not names.intersection(_TOKENIZERS):
+        raise errors.ModelError(
+            f"model.base: {source.url} has no tokenizer (one of {', '.join(_TOKENIZERS)}): upload it beside the weights"
+        )
+    wanted = [e for e in entries if e.key in weights or ("/" not in e.key and not _WEIGHTS.search(e.key))]
+    ignored = sorted(names - {e.key for e in wanted})
+    if ignored:
+        log.event(
+            "pull.ignored",
+            f"{source.url}: not needed and left there: {_some(ignored)}",
+            files=ignored,
+        )
+    return Found(source, wanted)
+
+
+def converts(config: Config, found: Found) -> bool:
+    """Whether the model has to be converted, as its config.json and the names of its files say.
+
+    Raises `errors.ModelError` if it cannot be trained, and `errors.ConfigError` if not on examples so long, before
+    gigabytes move.
+    """
+    entry = next(e for e in found.entries if e.key == "config.json")
+    try:
+        told = json.loads(storage.read_range(found.source, entry, 0, entry.size))
+        quantized = told.get("quantization_config")
+    except (ValueError, AttributeError) as e:
+        raise errors.ModelError(f"model.base: {found.source.url}/config.json cannot be read ({e})") from e
+    layout = legacy.recognise(told, found.source.url)
+    context = layout.context if layout else told.get("max_position_embeddings")
+    if isinstance(context, int) and config.data.max_length > context:
+        raise errors.ConfigError(
+            f"data.max_length {config.data.max_length} is more than the {context} tokens that {found.source.url} was "
+            "made for (in its config.json): lower it"
+        )
+    if quantized:
+        raise errors.ModelError(
+            f"model.base: {found.source.url} is quantized already ({quantized.get('quant_method', 'in its own way')}), "
+            "and such weights can neither be shared out by fsdp or zero3 nor be merged into: use the original ones; "
+            "model.quantization makes them small"
+        )
+    return layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+
+
+def _weights(names: set[str], where: str) -> set[str]:
+    weights = {n for n in names if n.endswith(".safetensors") and "/" not in n and not n.startswith("adapter_")}
+    weights = weights or {n for n in names if _PICKLED.match(n)}
+    if not weights:
+        other = sorted(n for n in names if _WEIGHTS.search(n) and "/" not in n)
+        seen = f"only {_some(other)}" if other else "no weights at all"
+        raise errors.ModelError(
+            f"model.base: {where} has {seen}: the job reads *.safetensors and pytorch_model*.bin; convert "
+            "the model and upload it again"
+        )
+    for name in sorted(weights):
+        shard = _SHARDS.search(name)
+        if shard:
+            stem = name[: shard.start()]
+            missing = [
+                s
+                for i in range(1, int(shard[2]) + 1)
+                if (s := f"{stem}-{i:05d}-of-{shard[2]}{shard[3]}") not in weights
+            ]
+            if missing:
+                raise errors.ModelError(
+                    f"model.base: {where} lacks {_some(missing)}: the upload of the model was not finished"
+                )
+    return weights
+
+
+def data(url: str) -> Found:
+    """The data file at `url`, or those in that folder; raises `errors.NotFoundError` or `errors.DataError`."""
+    folder, _, name = url.rpartition("/")
+    source = storage.source(folder)
+    if isinstance(source, storage.Folder):
+        name = unquote(name)
+    if name:
+        entries = [e for e in source.list(name) if e.key == name]
+    else:
+        entries = [e for e in source.list() if _DATA.search(e.key)]
+    if not entries:
+        raise errors.NotFoundError(
+            f"data: {url} {'does not exist' if name else 'holds no data files'}: correct the URL"
+        )
+    if not all(_DATA.search(e.key) for e in entries):
+        raise errors.DataError(
+            f"data: {url}: the name must end in .jsonl, .json, .csv or .parquet, or one of the first three "
+            "and .gz or .zst"
+        )
+    return Found(source, entries)
