@@ -4,8 +4,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -13,31 +17,60 @@ from transformers.pytorch_utils import Conv1D
 from job import config, errors, log
 
 _ATTENTION = ("attn", "attention")
+_WRAPPED = "base_model.model."  # what PEFT adds to a name
+_SHOWN = 8  # names in one line
 _FIRST, _SECOND = ".lora_A.", ".lora_B."  # the factors, in the order in which the inputs meet them
 
 
 def adapted(network: PreTrainedModel, lora: config.Lora) -> PeftModel:
     """Freeze `network` and add a LoRA adapter in float32, which `draw` gives its first values.
 
-    Raises `errors.ModelError` if the targets match no layer, or one of the given names does not.
+    Raises `errors.ModelError` if the targets match no layer, one of the given names does not, or PEFT refuses them.
     """
     targets = _targets(network, lora.targets)
+    bare = _bare(network, targets) if lora.targets in ("auto", "all-linear") else Counter()
     shape = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
         use_rslora=lora.rslora, use_dora=lora.dora, bias="none", task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(network.get_submodule(name), Conv1D) for name in targets),
     )  # fmt: skip
-    wrapped = get_peft_model(network, shape)
+    try:
+        wrapped = get_peft_model(network, shape)
+    except (ValueError, TypeError, NotImplementedError) as e:
+        raise errors.ModelError(f"lora.targets: PEFT cannot add an adapter to these layers: {e}") from e
+    given = {name.removeprefix(_WRAPPED) for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
+    if given != set(targets):
+        raise errors.ModelError(
+            f"lora.targets: PEFT added the adapter to other layers than asked ({_some(sorted(given ^ set(targets)))}): "
+            "name other layers"
+        )
     in_float32(wrapped)
+    _tell(wrapped, targets, bare)
+    return wrapped
+
+
+def _tell(wrapped: PeftModel, targets: Sequence[str], bare: Counter[str]) -> None:
+    """Say which layers get how many parameters, and which weights of the model get none."""
     trainable, total = wrapped.get_nb_trainable_parameters()
-    kinds = Counter(name.rpartition(".")[2] for name in targets)
+    layers = Counter(_kind(name) for name in targets)
+    parameters: Counter[str] = Counter()
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            parameters[_kind(name.partition(".lora_")[0])] += parameter.numel()
+    each = ", ".join(f"{kind} x{count} {parameters[kind]:,}" for kind, count in layers.items())
     log.event(
         "lora.matched",
-        f"LoRA on {len(targets)} layers "
-        f"({', '.join(f'{kind} x{count}' for kind, count in kinds.items())}): {trainable:,} of {total:,} "
-        "parameters are trained",
-        layers=len(targets), trainable=trainable, total=total,
+        f"LoRA on {len(targets)} layers ({each}): {trainable:,} of {total:,} parameters are trained",
+        layers=len(targets), trainable=trainable, total=total, kinds=dict(parameters),
     )  # fmt: skip
-    return wrapped
+    if bare:
+        kinds = _some([f"{kind} ({count:,})" for kind, count in bare.most_common()])
+        log.warn(
+            "lora.bare",
+            f"no adapter for {kinds}: {sum(bare.values()):,} weights that are no linear layers of their own, as the "
+            "experts of a mixture, stay as they are",
+            kinds=dict(bare),
+        )
 
 
 def draw(network: nn.Module, seed: int) -> None:
@@ -66,8 +99,7 @@ def in_float32(network: nn.Module) -> None:
 
 
 def _targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]:
-    head = network.get_output_embeddings()  # type: ignore[no-untyped-call]
-    linear = [name for name, module in network.named_modules() if _is_linear(module) and module is not head]
+    linear = _linear(network)
     if isinstance(wanted, str):
         chosen = [name for name in linear if wanted != "attention" or any(part in name for part in _ATTENTION)]
         lacking = [] if chosen else [wanted]
@@ -83,9 +115,61 @@ def _targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]
     return chosen
 
 
+def _linear(network: PreTrainedModel) -> list[str]:
+    """The names of all linear layers but the head, and of those that PEFT takes for something else."""
+    head = network.get_output_embeddings()  # type: ignore[no-untyped-call]
+    names = [name for name, module in network.named_modules() if _is_linear(module) and module is not head]
+    misread = {kind for kind in {_kind(name) for name in names} if _misread(network, kind)}
+    return [name for name in names if _kind(name) not in misread]
+
+
+def _misread(network: PreTrainedModel, kind: str) -> bool:
+    """Whether PEFT puts the adapter of layers called `kind` elsewhere, here and wherever the adapter is loaded.
+
+    In some mixtures of experts it takes dense layers for the experts, which once had these names; in Mamba the output
+    projection is computed without the layer (peft 0.21, utils/transformers_weight_conversion.py, tuners_utils.py).
+    """
+    probe = LoraConfig(target_modules=[kind])
+    try:
+        convert_peft_config_for_transformers(probe, network, None)
+        _check_lora_target_modules_mamba(probe, network, kind)
+    except ValueError:
+        return True
+    return kind not in (probe.target_modules or ())
+
+
+def _bare(network: PreTrainedModel, targets: Sequence[str]) -> Counter[str]:
+    """How many weights the layers hold, by kind, that get no adapter: matrices outside of `targets` and embeddings."""
+    head, found, chosen = network.get_output_embeddings(), Counter[str](), set(targets)  # type: ignore[no-untyped-call]
+    for name, module in network.named_modules():
+        if name in chosen or module is head or isinstance(module, nn.Embedding):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                found[_kind(name) if leaf == "weight" else f"{_kind(name)}.{leaf}"] += parameter.numel()
+    return found
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
 def _matches(name: str, targets: Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)  # bitsandbytes' quantized layers are subclasses of Linear
+    if not isinstance(module, nn.Linear) or isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+        return isinstance(module, nn.Linear | Conv1D)
+    return type(module) is nn.Linear or _maps(module)
+
+
+def _maps(module: nn.Linear) -> bool:
+    """Whether a subclass of Linear gives what Linear does: a router returns scores besides."""
+    with torch.no_grad():
+        made = module(module.weight.new_zeros(1, module.in_features))
+    return isinstance(made, torch.Tensor) and made.shape == (1, module.out_features)

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from job import checkpoint, log, paths
@@ -25,7 +27,9 @@ def write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, bes
     shape = trainer.model.peft_config["default"]
     shape.base_model_name_or_path = task.config.model.base  # not where the cache of this machine is
     kept = checkpoints.at(best or trainer.state.global_step)  # not the live one, of which this process may hold a part
-    trainer.model.save_pretrained(str(adapter), state_dict=state.adapter(kept.path))
+    weights = state.adapter(kept.path)
+    _tell_idle(weights)
+    trainer.model.save_pretrained(str(adapter), state_dict=weights)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's names nothing but a path
     trainer.processing_class.save_pretrained(str(adapter))
     facts = _facts(task, trainer.state, best)
@@ -38,6 +42,19 @@ def write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, bes
     (adapter / paths.TRAINING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for name in ("data.json", "sample.txt"):
         shutil.copyfile(task.data / name, report / name)
+
+
+def _tell_idle(weights: Mapping[str, torch.Tensor]) -> None:
+    """Say which layers learned nothing: a model may read a layer's weights and never ask the layer."""
+    second = [name for name in weights if "lora_B" in name]
+    idle = [name.partition(".lora_B")[0] for name in second if not weights[name].any()]
+    if 0 < len(idle) < len(second):  # of none at all the merge says so
+        log.warn(
+            "train.idle",
+            f"{len(idle)} of {len(second)} layers with an adapter learned nothing, the first is {idle[0]}: this model "
+            "does not compute with them in the usual way, or its experts were never chosen",
+            layers=idle,
+        )
 
 
 def _facts(task: Task, state: transformers.TrainerState, best: int | None) -> dict[str, Any]:
