@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,6 +191,26 @@ def records(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def prepared(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Prepare files with the tiny model's tokenizer, or that of another `model`; returns the folder of the result."""
+    from job import config, inputs, manifest, paths, prepare
+
+    def run(*train: Path, evaluation: tuple[Path, ...] = (), model: Path = tiny_model, **data: object) -> Path:
+        tree = {
+            "run": {"name": "t", "url": "file:///run"},
+            "model": {"base": "file:///nowhere"},
+            "data": {"train": ["file:///nowhere/x.jsonl"], **data},
+        }
+        settings = config.check(tree, config.Places("test", {}))
+        base = inputs.Base("file:///nowhere", model, manifest.of(model).digest)
+        splits = [[inputs.DataFile(p.as_uri(), p, manifest.sha256(p)) for p in split] for split in (train, evaluation)]
+        with ExitStack() as keep:
+            return prepare.dataset(settings, base, *splits, paths.Cache(tmp_path / "cache", "run"), keep).path
+
+    return run
 
 
 @pytest.fixture

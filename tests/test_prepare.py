@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,32 +19,13 @@ from datasets import Dataset
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from job import config, errors, inputs, manifest, paths, prepare
+from job import errors, manifest
 from job.model import tokenizer
 from job.model.tokenizer import IGNORED
 from job.prepare import formats, tokens
 
 PAIR = {"instruction": "What is 1 and 2?", "output": "It is 3."}
 TRAINED = "<|im_start|>user\nWhat is 1 and 2?<|im_end|>\n<|im_start|>assistant\n⟦It is 3.<|im_end|>⟧\n"
-
-
-@pytest.fixture
-def prepared(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Prepare files with the tiny model's tokenizer; returns the folder of the result."""
-
-    def run(*train: Path, evaluation: tuple[Path, ...] = (), **data: object) -> Path:
-        tree = {
-            "run": {"name": "t", "url": "file:///run"},
-            "model": {"base": "file:///nowhere"},
-            "data": {"train": ["file:///nowhere/x.jsonl"], **data},
-        }
-        settings = config.check(tree, config.Places("test", {}))
-        base = inputs.Base("file:///nowhere", tiny_model, "digest")
-        splits = [[inputs.DataFile(p.as_uri(), p, manifest.sha256(p)) for p in split] for split in (train, evaluation)]
-        with ExitStack() as keep:
-            return prepare.dataset(settings, base, *splits, paths.Cache(tmp_path / "cache", "run"), keep).path
-
-    return run
 
 
 def seen(folder: Path, model: Path, split: str = "train") -> list[str]:
@@ -216,7 +196,7 @@ def test_every_bad_record_is_listed_with_file_line_and_reason(prepared: Callable
     ("turns", "reason"),
     [
         ([("user", "?")], "does not end with an answer of the assistant"),
-        ([("bot", "?"), ("assistant", "!")], "unknown role 'bot' in turn 1"),
+        ([("narrator", "?"), ("assistant", "!")], "unknown role 'narrator' in turn 1"),
         ([(["user"], "?"), ("assistant", "!")], "unknown role ['user'] in turn 1"),
         ([("user", "?"), ("assistant", "")], "empty answer"),
         ([], "does not end with an answer"),
@@ -409,7 +389,7 @@ def test_the_trained_part_is_found_with_any_template(name: str, tiny_model: Path
         messages=({"role": "user", "content": "1 and 2?"}, {"role": "assistant", "content": answer})
     )
 
-    (row,) = tokens.Renderer(words, 100, answers_only=True).rows([example])
+    (row,) = tokens.Renderer(words, 100, "assistant").rows([example])
 
     assert isinstance(row, tokens.Row)
     text = tokens.marked(words, row)
@@ -450,7 +430,7 @@ def test_the_trained_part_is_that_of_the_templates_that_trl_marked_by_hand(famil
     turns = [("user", "1 and 2?"), ("assistant", "It is 3."), ("user", "And 4?"), ("assistant", "It is 7.")]
     messages = tuple({"role": role, "content": content} for role, content in turns)
 
-    (row,) = tokens.Renderer(words, 4096, answers_only=True).rows([formats.Example(messages=messages)])
+    (row,) = tokens.Renderer(words, 4096, "assistant").rows([formats.Example(messages=messages)])
 
     marked = words.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
     theirs = [
@@ -473,13 +453,13 @@ def test_what_the_template_makes_of_an_answer_is_trained(tiny_model: Path) -> No
     words.chat_template = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
     example = formats.Example(messages=({"role": "user", "content": "?"}, {"role": "assistant", "content": "It is."}))
 
-    (row,) = tokens.Renderer(words, 100, answers_only=True).rows([example])
+    (row,) = tokens.Renderer(words, 100, "assistant").rows([example])
 
     assert isinstance(row, tokens.Row)
     assert "assistant\n⟦IT IS.<|im_end|>⟧" in tokens.marked(words, row)
 
     words.chat_template = "{{ messages[0]['content'] }}"
-    (row,) = tokens.Renderer(words, 100, answers_only=True).rows([example])
+    (row,) = tokens.Renderer(words, 100, "assistant").rows([example])
 
     assert isinstance(row, formats.BadRecordError)
     assert "writes 0 of the 1 answers" in str(row)

@@ -96,7 +96,8 @@ class Data(Section):
     """Tokens per example; longer ones are cut at the end, counted and said."""
     packing: bool = False
     """Put several short examples into one sequence of max_length; batch sizes then count sequences, not examples."""
-    loss_on: Literal["assistant", "all"] = "assistant"
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """assistant: every answer; last: the last one of each conversation; all: prompts too."""
     skip_bad_share: Share = 0.0
     """Share of unusable records that is skipped (and said) instead of stopping the run."""
 

@@ -15,7 +15,9 @@ _TURNS = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ message['content'] + '\\n\\n' }}
 {%- elif message['role'] == 'user' -%}{{ '### QUESTION\\n' + message['content'] + '\\n\\n' }}
-{%- else -%}{{ '### ANSWER\\n' + message['content'] + eos_token + ('' if loop.last else '\\n\\n') }}
+{%- elif message['role'] == 'assistant' -%}
+{{ '### ANSWER\\n' + message['content'] + eos_token + ('' if loop.last else '\\n\\n') }}
+{%- else -%}{{ raise_exception('an instruction template has no place for the role ' + message['role']) }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '### ANSWER\\n' }}{%- endif -%}"""

@@ -19,9 +19,10 @@ from job.inputs import Base, DataFile, Prepared
 from job.manifest import Manifest
 from job.model import tokenizer
 from job.prepare import formats, records
-from job.prepare.formats import BadRecordError, Example
+from job.prepare.formats import Example
 from job.prepare.tally import SHOWN, Tally
 from job.prepare.tokens import Renderer, Row, marked
+from job.prepare.turns import BadRecordError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ class _Preparation:
 
     def __init__(self, config: Config, words: "PreTrainedTokenizerBase", target: Path) -> None:
         self._config, self._data, self._words, self._target = config, config.data, words, target
-        self._renderer = Renderer(words, config.data.max_length, answers_only=config.data.loss_on == "assistant")
+        self._renderer = Renderer(words, config.data.max_length, config.data.loss_on)
         self._sample = ""
 
     def run(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
@@ -112,7 +113,16 @@ class _Preparation:
                 if rows and not self._sample:
                     self._sample = marked(self._words, rows[0])
         self._judge(split, tally, files)
+        if tally.trained_tokens == tally.tokens and self._asks(tally):
+            raise errors.DataError(
+                f"{split}: every token would be learned, questions too, as in the first example:\n{self._sample}\n"
+                "The chat template hides where answers begin: set data.template, or data.loss_on: all if it is meant"
+            )
         return tally
+
+    def _asks(self, tally: Tally) -> bool:
+        """Whether the records hold questions, which are not to be learned."""
+        return self._data.loss_on != "all" and set(tally.formats.values()) != {"text"}
 
     def _pack(self, tally: Tally) -> None:
         from job.prepare import packing  # takes seconds to import

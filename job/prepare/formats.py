@@ -1,27 +1,24 @@
 """From records to conversations: the shapes in which people keep training data, told apart by their keys."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from job import config
+from job.prepare.turns import BadRecordError, Message, answered, read_tools, trained, turn, whole
 
-Message = dict[str, str]
-
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _NAMES = ", ".join(get_args(config.Data.model_fields["format"].annotation)[1:])
-
-
-class BadRecordError(Exception):
-    """This record cannot be trained on; the message says why."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a record says: a conversation, or text that is trained as it is."""
+    """What a record says: a conversation, with the tools that its assistant has, or text that is trained as it is."""
 
     messages: tuple[Message, ...] = ()
     text: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+    trained: tuple[bool, ...] = ()
+    """Whether each answer is to be learned, in their order, where the record says so."""
 
 
 def recognise(record: Mapping[str, Any]) -> str:
@@ -47,26 +44,40 @@ def convert(record: Mapping[str, Any], name: str, input_heading: str) -> Example
 
 def ignored(record: Mapping[str, Any], name: str) -> set[str]:
     """The keys of a record that its format does not use."""
-    return set(record) - _KEYS[name] - {"input", "system"} if name == "instruction" else set(record) - _KEYS[name]
+    return set(record) - _KEYS[name] - _OPTIONAL.get(name, set())
 
 
 def _instruction(record: Mapping[str, Any], input_heading: str) -> Example:
     question, extra = _text(record, "instruction"), _optional(record, "input")
     if extra.strip():
         question = f"{question}{input_heading}{extra}"
-    system = _optional(record, "system")
-    before = [{"role": "system", "content": system}] if system.strip() else []
+    turns = [*_history(record.get("history") or ()), (question, _text(record, "output"))]
     return _conversation(
-        [*before, {"role": "user", "content": question}, {"role": "assistant", "content": _text(record, "output")}]
+        [
+            {"role": role, "content": content}
+            for pair in turns
+            for role, content in zip(("user", "assistant"), pair, strict=True)
+        ],
+        record,
     )
+
+
+def _history(pairs: object) -> list[tuple[str, str]]:
+    """Earlier questions and answers, as they are kept beside an instruction."""
+    if not isinstance(pairs, Sequence) or not all(
+        isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(text, str) for text in pair)  # noqa: PLR2004 - question and answer
+        for pair in pairs
+    ):
+        raise BadRecordError("history is not a list of pairs of question and answer")
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 def _turns(key: str) -> Callable[[Mapping[str, Any], str], Example]:
     def convert(record: Mapping[str, Any], _heading: str) -> Example:
         turns = record[key]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        if not isinstance(turns, list) or not all(isinstance(each, dict) for each in turns):
             raise BadRecordError(f"{key} is not a list of turns")
-        return _conversation([_turn(turn, number) for number, turn in enumerate(turns, start=1)])
+        return _conversation(turns, record)
 
     return convert
 
@@ -74,12 +85,13 @@ def _turns(key: str) -> Callable[[Mapping[str, Any], str], Example]:
 def _prompt_completion(record: Mapping[str, Any], _heading: str) -> Example:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _turns("both")({"both": [*prompt, *completion]}, "")
+        return _turns("both")({**record, "both": [*prompt, *completion]}, "")
     return _conversation(
         [
             {"role": "user", "content": _text(record, "prompt")},
             {"role": "assistant", "content": _text(record, "completion")},
-        ]
+        ],
+        record,
     )
 
 
@@ -87,46 +99,25 @@ def _plain_text(record: Mapping[str, Any], _heading: str) -> Example:
     text = _text(record, "text")
     if not text.strip():
         raise BadRecordError("empty text")
-    return Example(text=_whole(text))
+    return Example(text=whole(text))
 
 
-def _turn(turn: Mapping[str, Any], number: int) -> Message:
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role is None or content is None:
-        raise BadRecordError(f"turn {number} lacks {'role or from' if role is None else 'content or value'}")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise BadRecordError(f"unknown role {role!r} in turn {number} (known: {', '.join(_ROLES)})")
-    if not isinstance(content, str):
-        raise BadRecordError(f"the content of turn {number} is of type {type(content).__name__}, not text")
-    return {"role": _ROLES[role], "content": content}
-
-
-def _conversation(messages: list[Message]) -> Example:
-    for number, message in enumerate(messages, start=1):
-        if not message["content"].strip():
-            raise BadRecordError(
-                "empty answer" if message["role"] == "assistant" else f"empty {message['role']} turn ({number})"
-            )
-    if not messages or messages[-1]["role"] != "assistant":
-        raise BadRecordError("does not end with an answer of the assistant")
-    for message in messages:
-        _whole(message["content"])
-    return Example(messages=tuple(messages))
+def _conversation(turns: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Example:
+    messages = [turn(each, number) for number, each in enumerate(turns, start=1)]
+    answered(messages)
+    system = _optional(record, "system")
+    if system.strip():
+        if messages and messages[0]["role"] == "system":
+            raise BadRecordError("has a system message twice: as the first turn, and as system")
+        messages.insert(0, {"role": "system", "content": system})
+    tools = read_tools(record["tools"]) if record.get("tools") else ()
+    return Example(messages=tuple(messages), tools=tools, trained=trained(turns))
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:
     if not isinstance(record[key], str):
         raise BadRecordError(f"{key} is of type {type(record[key]).__name__}, not text")
     return str(record[key])
-
-
-def _whole(text: str) -> str:
-    """JSON can write half of a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise BadRecordError(f"holds half a character ({text[e.start]!a}) at {e.start + 1}") from e
-    return text
 
 
 def _optional(record: Mapping[str, Any], key: str) -> str:
@@ -139,6 +130,12 @@ _KEYS = {
     "instruction": {"instruction", "output"},
     "prompt-completion": {"prompt", "completion"},
     "text": {"text"},
+}
+_OPTIONAL = {
+    "messages": {"tools", "system"},
+    "conversations": {"tools", "system"},
+    "instruction": {"input", "system", "history"},
+    "prompt-completion": {"tools", "system"},
 }
 _CONVERT: Mapping[str, Callable[[Mapping[str, Any], str], Example]] = {
     "messages": _turns("messages"),

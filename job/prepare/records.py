@@ -94,7 +94,14 @@ def _parquet(path: Path) -> Iterator[Record]:
         for batch in file.iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 number += 1
-                yield _record(number, row)
+                yield _record(number, {key: _present(value) for key, value in row.items()})
+
+
+def _present(value: object) -> object:
+    """Without the keys that a row lacks and others have, for which Parquet has no other sign than None."""
+    if isinstance(value, dict):
+        return {key: _present(inner) for key, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,19 +2,21 @@
 
 Trained are the assistant's words and the token that ends its turn; prompts and headers are context. The place of
 each answer is found by rendering the conversation a second time with markers in place of the answers, which works
-with any chat template that inserts answers as they are, or trimmed.
+with any chat template that inserts answers as they are, or trimmed. How a template writes calls of tools is its own
+business: in conversations with calls, answers are what stands between the header of their turn and its end.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
 import jinja2
 
 from job.model.tokenizer import IGNORED
-from job.prepare.formats import BadRecordError, Example, Message
+from job.prepare.formats import Example
+from job.prepare.turns import BadRecordError, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,11 +36,11 @@ class Row:
 class Renderer:
     """Turns examples into rows with one tokenizer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, answers_only: bool) -> None:
-        self._tokenizer, self._max_length, self._answers_only = tokenizer, max_length, answers_only
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, loss_on: str) -> None:
+        self._tokenizer, self._max_length, self._loss_on = tokenizer, max_length, loss_on
         self.eos_added = 0  # conversations whose template does not end the last answer
         self._end_of_turn = _end_of_turn(tokenizer)
-        self._opening = self._generation_prompt() if tokenizer.chat_template else ""
+        self._opening, self._header, self._end = self._around_an_answer() if tokenizer.chat_template else ("", "", "")
 
     def rows(self, examples: Sequence[Example]) -> Iterator[Row | BadRecordError]:
         """A row for each example, in order, or the reason why there is none."""
@@ -50,7 +52,7 @@ class Renderer:
 
     def _try(self, example: Example) -> tuple[str, Spans] | BadRecordError:
         try:
-            return self._conversation(list(example.messages)) if example.messages else self._text(example.text)
+            return self._conversation(example) if example.messages else self._text(example.text)
         except jinja2.TemplateError as e:
             return BadRecordError(f"the chat template refuses it: {e}")
         except BadRecordError as e:
@@ -63,10 +65,59 @@ class Renderer:
         text = text if text.endswith(eos) else text + eos
         return text, [(0, len(text))]
 
-    def _conversation(self, messages: list[Message]) -> tuple[str, Spans]:
-        text = self._apply(messages)
+    def _conversation(self, example: Example) -> tuple[str, Spans]:
+        calls = any("tool_calls" in message for message in example.messages)
+        text, spans = (self._with_calls if calls else self._without_calls)(example)
+        if self._loss_on == "last":
+            if example.trained and not example.trained[-1]:
+                raise BadRecordError(
+                    "its last answer has weight 0, and data.loss_on is last: there is nothing to learn"
+                )
+            spans = spans[-1:]
+        elif example.trained and self._loss_on == "all":
+            raise BadRecordError("says which answers are to be learned, and data.loss_on is all: use assistant")
+        elif example.trained:
+            spans = [span for span, on in zip(spans, example.trained, strict=True) if on]
+        return text, spans
+
+    def _with_calls(self, example: Example) -> tuple[str, Spans]:
+        text, spans, end = self._apply(example), [], 0
+        for number, message in enumerate(example.messages):
+            if message["role"] != "assistant":
+                continue
+            start = self._start(text, end, example, number)
+            stop = text.find(self._end, start)
+            if stop < 0 and number == len(example.messages) - 1:
+                self.eos_added += 1
+                text = text.rstrip() + str(self._tokenizer.eos_token)
+                end = len(text)
+            elif stop < 0:
+                raise BadRecordError(f"the chat template does not end the answer in turn {number + 1}")
+            else:
+                end = stop + len(self._end)
+            spans.append((start, end))
+            names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            lost = [part for part in (message["content"].strip(), *names) if part not in text[start:end]]
+            if lost:
+                raise BadRecordError(f"the chat template does not write {lost[0][:80]!r} in turn {number + 1}")
+        return text, spans
+
+    def _start(self, text: str, end: int, example: Example, number: int) -> int:
+        """Where the answer that is message `number` begins in `text`, which is not before `end`."""
+        if self._header:
+            found = text.find(self._header, end)
+            start = found + len(self._header) if found >= 0 else -1
+        else:
+            before = self._apply(replace(example, messages=example.messages[:number]))
+            start = len(before) if text.startswith(before) else -1
+        if start < 0:
+            raise BadRecordError(f"the chat template writes turn {number + 1} in another way when more turns follow")
+        return start
+
+    def _without_calls(self, example: Example) -> tuple[str, Spans]:
+        text, messages = self._apply(example), example.messages
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        pieces = self._around(messages, len(answers))
+        pieces = self._around(example, len(answers))
         spans: Spans = []
         end = len(pieces[0])
         if not text.startswith(pieces[0]):
@@ -87,11 +138,11 @@ class Renderer:
             spans[-1] = (spans[-1][0], len(text))
         return text, spans
 
-    def _around(self, messages: list[Message], count: int) -> list[str]:
+    def _around(self, example: Example, count: int) -> list[str]:
         """What the template writes around the answers: one piece more than there are answers."""
         marks = iter(f"\ue000{i}\ue001" for i in range(count))
-        marked = [m | {"content": next(marks)} if m["role"] == "assistant" else m for m in messages]
-        pieces = re.split("\ue000[0-9]+\ue001", self._apply(marked))
+        marked = [m | {"content": next(marks)} if m["role"] == "assistant" else m for m in example.messages]
+        pieces = re.split("\ue000[0-9]+\ue001", self._apply(replace(example, messages=tuple(marked))))
         if len(pieces) != count + 1:
             raise BadRecordError(f"the chat template writes {len(pieces) - 1} of the {count} answers")
         return pieces
@@ -106,16 +157,28 @@ class Renderer:
             raise BadRecordError("the chat template changes the answer, so that its tokens cannot be found")
         return found - start
 
-    def _apply(self, messages: list[Message], *, open_turn: bool = False) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn))
+    def _apply(self, example: Example, *, open_turn: bool = False) -> str:
+        written = self._tokenizer.apply_chat_template(
+            list(example.messages), tools=list(example.tools) or None, tokenize=False, add_generation_prompt=open_turn
+        )
+        unknown = [tool["function"]["name"] for tool in example.tools if tool["function"]["name"] not in written]
+        if unknown:
+            raise BadRecordError(f"the chat template does not write the tool {unknown[0]!r}: it has no place for tools")
+        return str(written)
 
-    def _generation_prompt(self) -> str:
-        asked = [{"role": "user", "content": "?"}]
+    def _around_an_answer(self) -> tuple[str, str, str]:
+        """What asks for an answer, the part of it that stands before every answer, and what ends one."""
+        asked: Message = {"role": "user", "content": "?"}
+        answer: Message = {"role": "assistant", "content": "\ue000"}
         try:
-            closed, opened = self._apply(asked), self._apply(asked, open_turn=True)
+            closed, opened = self._apply(Example((asked,))), self._apply(Example((asked,)), open_turn=True)
+            before, _, after = self._apply(Example((asked, answer))).partition(answer["content"])
         except jinja2.TemplateError:
-            return ""
-        return opened.removeprefix(closed) if opened.startswith(closed) else ""
+            return "", "", str(self._tokenizer.eos_token)
+        opening = opened.removeprefix(closed) if opened.startswith(closed) else ""
+        header = _shared_start(opening, before.removeprefix(closed)) if before.startswith(closed) else ""
+        ending = self._end_of_turn.match(after)
+        return opening, header, ending[0].lstrip() if ending else str(self._tokenizer.eos_token)
 
     def _encode(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
         if not texts:
@@ -125,7 +188,7 @@ class Renderer:
 
     def _row(self, ids: list[int], offsets: Spans, spans: Spans) -> Row | BadRecordError:
         labels = [
-            token if not self._answers_only or _overlaps(place, spans) else IGNORED
+            token if self._loss_on == "all" or _overlaps(place, spans) else IGNORED
             for token, place in zip(ids, offsets, strict=True)
         ]
         cut = labels[: self._max_length]
@@ -151,6 +214,11 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     longest_first = sorted({eos, *map(re.escape, special)}, key=len, reverse=True)
     any_special = f"(?:{'|'.join(longest_first)})"
     return re.compile(rf"\s*(?:{any_special}*?{eos}|{any_special})")
+
+
+def _shared_start(one: str, other: str) -> str:
+    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return one[:length]
 
 
 def _overlaps(place: tuple[int, int], spans: Spans) -> bool:
