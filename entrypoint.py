@@ -131,7 +131,7 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
     from job import checkpoint, cluster, launch, paths, publish, pull
 
     config, machine, store, cache, peers = here.machine.config, here.machine, here.store, here.cache, here.peers
-    files = pull.data(config.data.train, cache), pull.data(config.data.eval, cache)
+    files = pull.data(config.data.sources("train"), cache), pull.data(config.data.sources("eval"), cache)
     log.phase("prepare")
     from job import prepare
 

@@ -29,6 +29,10 @@ class DataFile:
     url: str
     path: Path
     sha256: str
+    weight: float = 1.0
+    """How often each of its records is trained on in an epoch."""
+    format: str | None = None
+    """What the config says of this file alone."""
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def _plain(name: str | Path) -> str:
 
 
 def _data(config: Config) -> tuple[str, ...]:
-    return (*config.data.train, *config.data.eval)
+    return tuple(source.url for source in (*config.data.sources("train"), *config.data.sources("eval")))
 
 
 def _time(text: str) -> str:

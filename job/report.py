@@ -10,6 +10,7 @@ from job import goodput
 from job.config import Config
 
 NAME = "report.md"
+_BAR = 40  # characters of the longest bar
 
 
 def write(config: Config, facts: Mapping[str, Any], spent: goodput.Spent, directory: Path, store_url: str) -> Path:
@@ -63,15 +64,27 @@ def _head(config: Config, facts: Mapping[str, Any], store_url: str) -> str:
 def _data(data: Mapping[str, Any]) -> str:
     lines = [
         "## Data",
-        "| split | records | used | left out | cut to length | tokens | trained tokens | longest |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| split | records | bad | cut to length | equal to others | in the other split | used | tokens | trained |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {split} | {c['records']} | {c['examples']} | {c['bad']} | {c['truncated']} | {c['tokens']} | "
-        f"{c['trained_tokens']} | {c['longest']} |"
+        f"| {split} | {c['records']} | {c['bad']} | {c['truncated']} | {c['repeated']} | {c['leaked'] or '-'} | "
+        f"{c['examples']} | {c['tokens']} | {c['trained_tokens'] / c['tokens']:.1%} |"
         for split, c in data.items()
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_lengths(split, c["lengths"]) for split, c in data.items())])
+
+
+def _lengths(split: str, told: Mapping[str, Any]) -> str:
+    """A histogram of the examples' lengths, as text."""
+    most = max(count for _, count in told["histogram"])
+    bars = "\n".join(
+        f"    up to {upto:>6} {count:>9} {'█' * round(_BAR * count / most)}" for upto, count in told["histogram"]
+    )
+    return (
+        f"\nTokens in an example of the {split} split: {told['mean']:.0f} on average; half have up to {told['p50']}, "
+        f"90% up to {told['p90']}, 99% up to {told['p99']}.\n\n{bars}"
+    )
 
 
 def _time(spent: goodput.Spent) -> str:

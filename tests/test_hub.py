@@ -22,12 +22,13 @@ COMMIT = "c" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One repository, org/tiny, at one commit.
+    """A repository of a model, org/tiny, at one commit, and one of data, org/data, of the files in `data`.
 
     `damaged` names a file whose bytes are flipped on the way; `hurts` are done to the next requests for that file.
     """
 
     folder: Path
+    data: Path
     damaged = ""
     hurts: ClassVar[list[str]] = []
 
@@ -43,26 +44,31 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/org/tiny"):
-            self._send(json.dumps(self._info()).encode(), {"Content-Type": "application/json"})
+            self._send(json.dumps(self._info(self.folder)).encode(), {"Content-Type": "application/json"})
+        elif path.startswith("/api/datasets/org/data"):
+            self._send(json.dumps(self._info(self.data)).encode(), {"Content-Type": "application/json"})
         elif path.startswith((f"/org/tiny/resolve/{COMMIT}/", "/org/tiny/resolve/main/")):
-            self._file(path.rpartition("/")[2])
+            self._file(self.folder, path.rpartition("/")[2])
+        elif path.startswith(f"/datasets/org/data/resolve/{COMMIT}/"):
+            self._file(self.data, path.removeprefix(f"/datasets/org/data/resolve/{COMMIT}/"))
         else:
             self._send(b"{}", {"X-Error-Code": "RepoNotFound"}, 404)
 
-    def _info(self) -> dict[str, object]:
-        return {"id": "org/tiny", "sha": COMMIT, "siblings": [self._sibling(p) for p in sorted(self.folder.iterdir())]}
+    def _info(self, folder: Path) -> dict[str, object]:
+        there = [self._sibling(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {"id": "org/any", "sha": COMMIT, "siblings": there}
 
     @staticmethod
-    def _sibling(path: Path) -> dict[str, object]:
+    def _sibling(path: Path, folder: Path) -> dict[str, object]:
         data = path.read_bytes()
         blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        entry: dict[str, object] = {"rfilename": path.name, "size": len(data), "blobId": blob}
+        entry: dict[str, object] = {"rfilename": str(path.relative_to(folder)), "size": len(data), "blobId": blob}
         if path.suffix == ".safetensors":
             entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
         return entry
 
-    def _file(self, name: str) -> None:
-        data = bytearray((self.folder / name).read_bytes())
+    def _file(self, folder: Path, name: str) -> None:
+        data = bytearray((folder / name).read_bytes())
         hurt = self.hurts.pop(0) if name == self.damaged and self.hurts else "flipped"
         if name == self.damaged and hurt == "flipped":
             data[-1] ^= 1
@@ -109,6 +115,30 @@ def test_a_base_comes_from_the_hub(
         json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == "hf://org/tiny@main"
     )
+
+
+def test_data_come_from_the_hub(hub: dict[str, str], tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
+    """The files of a data set that are named, in a folder of it, by a star and one by one; verified like all others."""
+    config = tiny_run()
+    Hub.data = tmp_path / "hub"
+    (Hub.data / "data").mkdir(parents=True)
+    lines = (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, part in {"train-0": lines[:20], "train-1": lines[20:40], "test-0": lines[40:48]}.items():
+        (Hub.data / "data" / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+    (Hub.data / "README.md").write_text("About.", encoding="utf-8")
+    place = f"hf://datasets/org/data@{COMMIT}/data"
+    config = tiny_run(
+        data={"train": [f"{place}/train-*.jsonl"], "eval": [{"url": f"{place}/test-0.jsonl"}]}, train={"max_steps": 2}
+    )
+
+    outcome = job("run", config, environ=hub)
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert f"{place}: 2 file(s)" in outcome.stderr
+    assert f"{place}/test-0.jsonl: 1 file(s)" in outcome.stderr
+    counts = json.loads((tmp_path / "run" / "report" / "data.json").read_text(encoding="utf-8"))
+    assert (counts["train"]["examples"], counts["eval"]["examples"]) == (40, 8)
+    assert "Tokens in an example of the train split" in (tmp_path / "run" / "report" / "report.md").read_text("utf-8")
 
 
 def test_a_hub_with_hiccups_delivers_in_the_end(hub: dict[str, str], tmp_path: Path, tiny_model: Path) -> None:

@@ -58,6 +58,24 @@ def test_an_unusable_base_is_refused_before_anything_is_read(
     assert base.as_uri() in str(caught.value)
 
 
+def test_a_star_stands_for_a_part_of_names(cache: paths.Cache, tmp_path: Path) -> None:
+    """As the shards of a data set are called; not for folders, and a name that has none of it is not meant."""
+    for name in ("train-0.jsonl", "train-1.jsonl", "test-0.jsonl", "train-x/y.jsonl", "train.jsonl"):
+        path = tmp_path / "shards" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) + "\n")
+    folder = (tmp_path / "shards").as_uri()
+
+    got = pull.data([config.Source(url=f"{folder}/train-*.jsonl", weight=2.0)], cache)
+
+    assert [file.url for file in got] == [f"{folder}/train-0.jsonl", f"{folder}/train-1.jsonl"]
+    assert [file.weight for file in got] == [2.0, 2.0]
+    with pytest.raises(
+        errors.NotFoundError, match=r"valid-\*\.jsonl fits no file: .* holds test-0.jsonl, train-0.jsonl"
+    ):
+        pull.data([config.Source(url=f"{folder}/valid-*.jsonl")], cache)
+
+
 @pytest.mark.parametrize(
     ("data", "told"),
     [
@@ -152,7 +170,7 @@ def test_names_with_blanks_and_percent_signs_are_found(
 
     (url,) = config.read(tiny_run(data={"train": [str(path)]})).data.train
 
-    assert [file.path for file in pull.data([url], cache)] == [path]
+    assert [file.path for file in pull.data([config.Source(url=url)], cache)] == [path]
 
 
 def test_a_folder_of_data_is_read_in_the_order_of_its_names(
@@ -163,7 +181,7 @@ def test_a_folder_of_data_is_read_in_the_order_of_its_names(
     for name in ("b.jsonl", "a.jsonl", "c.csv", "readme.md"):
         records(f"many/{name}", [{"text": name}])
 
-    got = pull.data([f"{(tmp_path / 'many').as_uri()}/"], cache)
+    got = pull.data([config.Source(url=f"{(tmp_path / 'many').as_uri()}/")], cache)
 
     assert [file.path.name for file in got] == ["a.jsonl", "b.jsonl", "c.csv"]
 

@@ -1,8 +1,9 @@
 """The run as frozen typed data, and the only reader of configs."""
 
+from job.config.data import Data, Source
 from job.config.identity import began, claimed, differences, digest
 from job.config.read import Places, all_keys, check, read
-from job.config.schema import Config, Data, Model
+from job.config.schema import Config, Model
 from job.config.training import Checkpoint, Lora, Train
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Lora",
     "Model",
     "Places",
+    "Source",
     "Train",
     "all_keys",
     "began",

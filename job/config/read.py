@@ -137,7 +137,7 @@ def _absolute(tree: Tree) -> Tree:
         for split in ("train", "eval"):
             paths = data.get(split)
             if isinstance(paths, list):
-                data[split] = [_url(p) if isinstance(p, str) else p for p in paths]
+                data[split] = [_source(each) for each in paths]
     for section, key in (("run", "url"), ("model", "base")):
         values = tree.get(section)
         if (
@@ -147,6 +147,12 @@ def _absolute(tree: Tree) -> Tree:
         ):
             values[key] = _url(values[key])
     return tree
+
+
+def _source(given: object) -> object:
+    if isinstance(given, dict) and isinstance(given.get("url"), str):
+        return given | {"url": _url(given["url"])}
+    return _url(given) if isinstance(given, str) else given
 
 
 def _url(path: str) -> str:

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from job.config import urls
-from job.config.section import Section, Share
+from job.config.data import Data
+from job.config.section import Section
 from job.config.training import Checkpoint, Distributed, Lora, Merge, Train
 
 _DEEPSPEED_MINUTES = 30  # of the groups that it makes, which nothing sets (deepspeed 0.19, utils/groups.py)
@@ -80,44 +81,6 @@ class Model(Section):
         return self
 
 
-class Data(Section):
-    """What is trained on and how records become text."""
-
-    train: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Files (jsonl, json, csv, parquet; plain, .gz or .zst), or folders ending in / : s3://, file:/// or paths."""
-    eval: tuple[str, ...] = ()
-    eval_fraction: Share = 0.0
-    """Hold out this share of the training records instead of naming eval files."""
-    format: Literal["auto", "instruction", "conversations", "messages", "prompt-completion", "text"] = "auto"
-    """auto: recognised for each file by the keys of its first record."""
-    template: Literal["auto", "chat", "instruction-en", "instruction-zh"] = "auto"
-    """auto: the model's own chat template if it has one, else instruction-en."""
-    max_length: Annotated[int, Field(ge=8)] = 1024
-    """Tokens per example; longer ones are cut at the end, counted and said."""
-    packing: bool = False
-    """Put several short examples into one sequence of max_length; batch sizes then count sequences, not examples."""
-    loss_on: Literal["assistant", "last", "all"] = "assistant"
-    """assistant: every answer; last: the last one of each conversation; all: prompts too."""
-    skip_bad_share: Share = 0.0
-    """Share of unusable records that is skipped (and said) instead of stopping the run."""
-
-    @field_validator("train", "eval")
-    @classmethod
-    def _are_readable(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        for url in given:
-            if not url.startswith(("s3://", "file:///")):
-                raise ValueError(f"{url!r} must be s3://bucket/key, file:///absolute/path or a path")
-            if url.startswith("s3://") and "/" not in url.removeprefix("s3://"):
-                raise ValueError(f"{url} names a bucket only: add the file's key, or / for every data file in it")
-        return tuple(urls.sound(url) for url in given)
-
-    @model_validator(mode="after")
-    def _one_eval(self) -> Self:
-        if self.eval and self.eval_fraction:
-            raise ValueError("eval and eval_fraction exclude each other: name files or hold out a share")
-        return self
-
-
 class Config(Section):
     """One run. Two runs with equal configs on equal inputs end in equal weights."""
 
@@ -134,7 +97,7 @@ class Config(Section):
     def _inputs_lie_outside(self) -> Self:
         for key, url in [
             ("model.base", self.model.base),
-            *(("data", url) for url in (*self.data.train, *self.data.eval)),
+            *(("data", source.url) for source in (*self.data.sources("train"), *self.data.sources("eval"))),
         ]:
             if f"{url.rstrip('/')}/".startswith(f"{self.run.url}/"):
                 raise ValueError(

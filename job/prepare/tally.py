@@ -1,12 +1,17 @@
-"""What happened to the records of one split: used, left out, cut, and why."""
+"""What happened to the records of one split, used, left out, cut and why, and what the examples of it are like."""
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from job.model.tokenizer import IGNORED
-from job.prepare.tokens import Row
 
 SHOWN = 20  # bad records that are listed one by one
+_BARS = 10  # of the histogram
 
 
 @dataclass
@@ -18,9 +23,12 @@ class Tally:
     bad: int = 0
     complaints: list[str] = field(default_factory=list)
     truncated: int = 0
+    repeated: int = 0  # examples that are equal to an earlier one
+    leaked: int = 0  # of the eval split: examples that are trained on too
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    lengths: dict[str, Any] = field(default_factory=dict)
     sequences: int = 0  # into which the examples were packed, if they were
     formats: dict[str, str] = field(default_factory=dict)
     ignored_keys: Counter[str] = field(default_factory=Counter)
@@ -30,9 +38,23 @@ class Tally:
         if len(self.complaints) < SHOWN:
             self.complaints.append(f"{where}: {reason}")
 
-    def accept(self, row: Row) -> None:
-        self.examples += 1
-        self.truncated += row.truncated
-        self.tokens += len(row.input_ids)
-        self.trained_tokens += sum(label != IGNORED for label in row.labels)
-        self.longest = max(self.longest, len(row.input_ids))
+    def measure(self, path: Path) -> None:
+        """Count the examples in the arrow file at `path`, and their tokens."""
+        lengths, trained = [np.zeros(0, dtype=np.int64)], 0
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            for batch in reader:
+                lengths.append(np.diff(batch["labels"].offsets.to_numpy()))
+                trained += int((batch["labels"].flatten().to_numpy() != IGNORED).sum())
+        every = np.concatenate(lengths)
+        self.examples, self.tokens, self.trained_tokens = len(every), int(every.sum()), trained
+        self.longest = int(every.max(initial=0))
+        self.lengths = _described(every) if len(every) else {}
+
+
+def _described(lengths: np.ndarray) -> dict[str, Any]:
+    """Percentiles of the lengths, and how many there are up to each tenth of the longest, in tokens."""
+    edges = np.linspace(0, max(_BARS, int(lengths.max())), _BARS + 1).astype(int)
+    counts, _ = np.histogram(lengths, edges)
+    named = {f"p{share}": int(np.percentile(lengths, share, method="higher")) for share in (50, 90, 99)}
+    bars = [[int(upto), int(count)] for upto, count in zip(edges[1:], counts, strict=True)]
+    return {"mean": float(lengths.mean()), **named, "histogram": bars}

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from job import errors, log, manifest, paths, storage
-from job.config import Config
+from job.config import Config, Source
 from job.inputs import Base, DataFile, Prepared
 from job.manifest import Manifest
 from job.pull import look as looked
@@ -31,8 +31,8 @@ def preflight(
 
     Raises the error that the run would end with later.
     """
-    urls = () if trained or helps else (*config.data.train, *config.data.eval)
-    found = [looked.base(config), *(looked.data(url) for url in urls)]
+    sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
+    found = [looked.base(config), *(looked.data(source.url) for source in sources)]
     converts = looked.converts(config, found[0]) and not manifest.sealed(cache.converted(config.model.base))
     written = found[0].size * (converts + (config.merge.enabled and not helps))
     keep.enter_context(storage.used(cache.work("")))
@@ -57,14 +57,16 @@ def base(config: Config, cache: paths.Cache) -> Base:
     return Base(config.model.base, path, whole.digest)
 
 
-def data(urls: Iterable[str], cache: paths.Cache) -> list[DataFile]:
-    """Bring the data files of one split here, in the order of `urls` and of their names."""
+def data(sources: Iterable[Source], cache: paths.Cache) -> list[DataFile]:
+    """Bring the data files of one split here, in the order of `sources` and of their names."""
     files = []
-    for url in urls:
-        found = looked.data(url)
+    for each in sources:
+        found = looked.data(each.url)
         path, whole = _here(found, cache.data(found.fingerprint))
-        below = found.source.url
-        files += [DataFile(f"{below}/{e.key}", path / e.key, whole.files[e.key].sha256) for e in found.entries]
+        files += [
+            DataFile(f"{found.source.url}/{e.key}", path / e.key, whole.files[e.key].sha256, each.weight, each.format)
+            for e in found.entries
+        ]
     return files
 
 

@@ -129,18 +129,25 @@ def _weights(names: set[str], where: str) -> set[str]:
 
 
 def data(url: str) -> Found:
-    """The data file at `url`, or those in that folder; raises `errors.NotFoundError` or `errors.DataError`."""
+    """The data file at `url`, those whose names fit its *, or those in that folder.
+
+    Raises `errors.NotFoundError` or `errors.DataError`.
+    """
     folder, _, name = url.rpartition("/")
     source = storage.source(folder)
     if isinstance(source, storage.Folder):
         name = unquote(name)
+    start, star, _ = name.partition("*")
     if name:
-        entries = [e for e in source.list(name) if e.key == name]
+        fitting = re.compile("[^/]*".join(map(re.escape, name.split("*"))))
+        entries = [e for e in source.list(start) if fitting.fullmatch(e.key)]
     else:
         entries = [e for e in source.list() if _DATA.search(e.key)]
     if not entries:
+        seen = "fits no file" if star else "does not exist" if name else "holds no data files"
+        there = _some([e.key for e in source.list() if _DATA.search(e.key)]) if name else ""
         raise errors.NotFoundError(
-            f"data: {url} {'does not exist' if name else 'holds no data files'}: correct the URL"
+            f"data: {url} {seen}: correct the URL{f'; {folder}/ holds {there}' if there else ''}"
         )
     if not all(_DATA.search(e.key) for e in entries):
         raise errors.DataError(

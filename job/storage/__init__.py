@@ -50,11 +50,16 @@ def connect(url: str) -> Store:
 
 
 def source(url: str) -> Source:
-    """What can be read at `url`: a writable store, or ``hf://org/name@revision``."""
+    """What can be read at `url`: a writable store, ``hf://org/name@revision`` or ``hf://datasets/org/name@revision``.
+
+    Of data also a folder in the repository: ``hf://datasets/org/name@revision/folder``.
+    """
     scheme, _, rest = url.partition("://")
     if scheme != "hf":
         return connect(url)
     from job.storage.hub import Hub
 
-    repository, _, revision = rest.partition("@")
-    return Hub(repository, revision)
+    kind, rest = ("dataset", rest.removeprefix("datasets/")) if rest.startswith("datasets/") else ("model", rest)
+    repository, below = "/".join(rest.split("/")[:2]), "/".join(rest.split("/")[2:])
+    name, _, revision = repository.partition("@")
+    return Hub(name, revision, kind, f"{below}/" if below else "")

@@ -1,4 +1,7 @@
-"""A model repository on the Hugging Face Hub, read-only. Token and endpoint: huggingface_hub's own chain."""
+"""A repository of a model or of data on the Hugging Face Hub, read-only.
+
+Token and endpoint come from huggingface_hub's own chain.
+"""
 
 import contextlib
 import hashlib
@@ -31,26 +34,33 @@ _MISSING = (
 
 
 class Hub:
-    """The repository at ``hf://org/name@revision`` (without a revision: main)."""
+    """The repository at ``hf://org/name@revision`` (without a revision: main), or the folder `below` in it."""
 
-    def __init__(self, repository: str, revision: str) -> None:
-        self.repository, self.revision = repository, revision or "main"
+    def __init__(self, repository: str, revision: str, kind: str = "model", below: str = "") -> None:
+        self.repository, self.revision, self._kind, self._below = repository, revision or "main", kind, below
         self._commit = self.revision
 
     @property
     def url(self) -> str:
-        return f"hf://{self.repository}@{self.revision}"
+        kind = "" if self._kind == "model" else f"{self._kind}s/"
+        return f"hf://{kind}{self.repository}@{self.revision}/{self._below}".rstrip("/")
 
     def list(self, prefix: str = "") -> list[Entry]:
-        files = [f for f in patience.FIRST.keep_trying(self._listing, _say_again) if f.rfilename.startswith(prefix)]
+        there = patience.FIRST.keep_trying(self._listing, _say_again)
+        files = [f for f in there if f.rfilename.startswith(self._below + prefix)]
         # The version names the content: SHA-256 of large files, git's blob id of small ones.
         return sorted(
-            (Entry(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else f.blob_id or "") for f in files),
+            (
+                Entry(f.rfilename.removeprefix(self._below), f.size or 0, f.lfs.sha256 if f.lfs else f.blob_id or "")
+                for f in files
+            ),
             key=lambda e: e.key,
         )
 
     def stream(self, entry: Entry, start: int, stop: int) -> Iterator[Block]:
-        where = huggingface_hub.hf_hub_url(self.repository, entry.key, revision=self._commit)
+        where = huggingface_hub.hf_hub_url(
+            self.repository, self._below + entry.key, repo_type=self._kind, revision=self._commit
+        )
         headers = {
             **hub_utils.build_hf_headers(),
             "Range": f"bytes={start}-{stop - 1}",
@@ -77,7 +87,10 @@ class Hub:
 
     def _listing(self) -> Sequence["RepoSibling"]:
         with self._explained():
-            info = huggingface_hub.HfApi().model_info(self.repository, revision=self.revision, files_metadata=True)
+            hub = huggingface_hub.HfApi()
+            info = (hub.dataset_info if self._kind == "dataset" else hub.model_info)(
+                self.repository, revision=self.revision, files_metadata=True
+            )
         self._commit = info.sha or self.revision  # a branch may move while its files are read
         return info.siblings or []
 

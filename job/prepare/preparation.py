@@ -1,0 +1,172 @@
+"""One preparation under way: read, convert, render, tokenize, write, choose, and count."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from job import errors, log
+from job.config import Config
+from job.inputs import DataFile
+from job.model import tokenizer
+from job.prepare import formats, judge, records, select
+from job.prepare.formats import Example
+from job.prepare.records import Record
+from job.prepare.tally import SHOWN, Tally
+from job.prepare.tokens import Renderer, Row, marked
+from job.prepare.turns import BadRecordError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH = 1000  # records tokenized at once
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+_PART = 600  # characters of an example in a message
+
+
+class Preparation:
+    """Writes ``train.arrow``, perhaps ``eval.arrow``, ``data.json`` and ``sample.txt`` into `target`."""
+
+    def __init__(self, config: Config, words: "PreTrainedTokenizerBase", target: Path) -> None:
+        self._data, self._seed, self._words, self._target = config.data, config.run.seed, words, target
+        self._renderer = Renderer(words, config.data.max_length, config.data.loss_on)
+        self._sample = ""
+
+    def run(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
+        """Prepare both splits; raises `errors.DataError`."""
+        halved = self._data.eval_fraction > 0
+        tallies, marks = {}, {}
+        tallies["train"], marks["train"] = self._split("train", train, kept=True if halved else None)
+        if halved or evaluation:
+            files, kept = (train, False) if halved else (evaluation, None)
+            tallies["eval"], marks["eval"] = self._split("eval", files, kept=kept)
+        if self._renderer.eos_added:
+            log.warn(
+                "prepare.eos",
+                f"the chat template does not end the last answer: {self._words.eos_token!r} was added "
+                f"to {self._renderer.eos_added} example(s)",
+            )
+        self._choose(tallies, marks, [file.weight for file in train])
+        if self._data.packing:
+            self._pack(tallies["train"])
+        counts = {
+            split: {k: v for k, v in vars(tally).items() if k != "complaints"} for split, tally in tallies.items()
+        }
+        (self._target / "data.json").write_text(json.dumps(counts, indent=1, ensure_ascii=False), encoding="utf-8")
+        (self._target / "sample.txt").write_text(self._sample, encoding="utf-8")
+        log.event("prepare.sample", f"the first example, trained tokens between ⟦ and ⟧:\n{self._sample}")
+
+    def _split(self, split: str, files: Sequence[DataFile], *, kept: bool | None = None) -> tuple[Tally, select.Marks]:
+        """Write one split; with an eval fraction, the records whose draw is `kept`, or not, for training."""
+        tally, marks = Tally(), select.Marks()
+        path = self._target / f"{split}.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+            for number, file in enumerate(files):
+                examples = self._examples(file, tally, kept)
+                while batch := list(itertools.islice(examples, _BATCH)):
+                    rows = list(self._rows(batch, tally))
+                    writer.write_batch(
+                        pa.record_batch([[r.input_ids for r in rows], [r.labels for r in rows]], schema=_SCHEMA)
+                    )
+                    for row in rows:
+                        marks.add(row, number)
+                    if rows and not self._sample:
+                        self._sample = marked(self._words, rows[0])
+        tally.measure(path)
+        judge.split(split, tally, files, self._data)
+        judge.share(split, tally, self._data, self._sample)
+        return tally, marks
+
+    def _choose(self, tallies: dict[str, Tally], marks: dict[str, select.Marks], weights: list[float]) -> None:
+        """Leave out what is there twice or evaluated, if asked, and repeat examples as often as their sources want."""
+        counts = {split: np.ones(len(each.hashes), dtype=np.int64) for split, each in marks.items()}
+        for split, each in marks.items():
+            repeated = each.repeated()
+            tallies[split].repeated = int(repeated.sum())
+            judge.repeated(split, tallies[split], self._data)
+            if self._data.deduplicate:
+                counts[split][repeated] = 0
+        if "eval" in marks:
+            leaked = marks["eval"].among(marks["train"])
+            tallies["eval"].leaked = int(leaked.sum())
+            example = [marked(self._words, row)[:_PART] for row in self._first(leaked)]
+            judge.leaked(tallies["eval"], self._data, "\n".join(example))
+            if self._data.leaks == "drop":
+                counts["train"][marks["train"].among(marks["eval"])] = 0
+        counts["train"] *= select.times(marks["train"], weights, self._seed)
+        for split, often in counts.items():
+            if (often != 1).any():
+                path = self._target / f"{split}.arrow"
+                select.keep(path, often)
+                tallies[split].measure(path)
+        judge.chosen(tallies["train"], weights)
+
+    def _first(self, which: np.ndarray) -> list[Row]:
+        return select.rows(self._target / "eval.arrow", which, 1) if which.any() else []
+
+    def _pack(self, tally: Tally) -> None:
+        from job.prepare import packing  # takes seconds to import
+
+        tally.sequences = packing.pack(self._target / "train.arrow", self._data.max_length)
+        full = tally.tokens / (tally.sequences * self._data.max_length)
+        log.event(
+            "prepare.packed",
+            f"train: {tally.examples} examples were packed into {tally.sequences} sequences, {full:.0%} full",
+            sequences=tally.sequences,
+            full=full,
+        )
+
+    def _examples(self, file: DataFile, tally: Tally, kept: bool | None) -> Iterator[tuple[str, Example]]:  # noqa: FBT001 - private
+        name, heading = self._format(file), tokenizer.input_heading(self._words)
+        tally.formats[file.url] = name
+        for record in records.read(file.path, file.url):
+            if kept is not None and kept != self._draw(file.sha256, record):
+                continue
+            where = f"{file.url}:{record.place}"
+            tally.records += 1
+            try:
+                if record.value is None:
+                    raise BadRecordError(record.reason)  # noqa: TRY301 - one place counts bad records
+                tally.ignored_keys.update(sorted(formats.ignored(record.value, name)))
+                yield where, formats.convert(record.value, name, heading)
+            except BadRecordError as e:
+                tally.reject(where, str(e))
+                if self._hopeless(tally):
+                    return
+
+    def _format(self, file: DataFile) -> str:
+        """What the config says, of this file or all, or what the keys of the first readable record say."""
+        told = file.format or self._data.format
+        if told != "auto":
+            return told
+        first = next((r for r in records.read(file.path, file.url) if r.value is not None), None)
+        try:
+            return formats.recognise(first.value) if first and first.value is not None else "unreadable"
+        except BadRecordError as e:
+            raise errors.DataError(f"{file.url}:{first.place if first else 0}: the first record {e}") from e
+
+    def _rows(self, batch: Sequence[tuple[str, Example]], tally: Tally) -> Iterator[Row]:
+        for (where, _), row in zip(batch, self._renderer.rows([example for _, example in batch]), strict=True):
+            if isinstance(row, BadRecordError):
+                tally.reject(where, str(row))
+            else:
+                tally.truncated += row.truncated
+                yield row
+
+    def _hopeless(self, tally: Tally) -> bool:
+        """Enough has been seen to know that the run will be refused: do not read on."""
+        return tally.bad > SHOWN and not self._data.skip_bad_share
+
+    def _draw(self, digest: str, record: Record) -> bool:
+        """Whether a record is for training: a function of the seed and its content, so that equal ones stay together.
+
+        Of one that cannot be read, of its file's content and its place.
+        """
+        content = f"{digest} {record.place}" if record.value is None else json.dumps(record.value, default=str)
+        drawn = hashlib.sha256(f"{self._seed} {content}".encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(drawn[:8], "big") / 2**64 >= self._data.eval_fraction
