@@ -252,4 +252,5 @@ def _say_done(how: str, config: "Config", record: Mapping[str, Any]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainer would tell the hub of every start
     cli.main(cli.Program(story, look, os.environ, (sys.executable, str(Path(__file__).resolve()))))

@@ -198,11 +198,14 @@ def prepared(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
     """Prepare files with the tiny model's tokenizer, or that of another `model`; returns the folder of the result."""
     from job import config, inputs, manifest, paths, prepare
 
-    def run(*train: Path, evaluation: tuple[Path, ...] = (), model: Path = tiny_model, **data: object) -> Path:
+    def run(
+        *train: Path, evaluation: tuple[Path, ...] = (), model: Path = tiny_model, method: str = "sft", **data: object
+    ) -> Path:
         tree = {
             "run": {"name": "t", "url": "file:///run"},
             "model": {"base": "file:///nowhere"},
             "data": {"train": ["file:///nowhere/x.jsonl"], **data},
+            "train": {"method": method},
         }
         settings = config.check(tree, config.Places("test", {}))
         base = inputs.Base("file:///nowhere", model, manifest.of(model).digest)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import command, tiny_config
 from safetensors.torch import load_file
+from test_pairs import as_pairs
 
 STEPS = 20
 EXACT = {
@@ -146,6 +147,24 @@ def test_a_run_of_any_size_is_that_of_one_process(
     go(config, (processes, strategy))
 
     is_as(config, alone(quantization))
+
+
+@pytest.mark.slow
+def test_pairs_are_learned_alike_by_any_processes(tiny_model: Path, tmp_path: Path) -> None:
+    """Every pair of the global batch weighs the same; that of the reference is shared out like the rest."""
+    made = []
+    for name, legs in {
+        "alone": [(1, "ddp")],
+        "changing": [(2, "fsdp"), (3, "zero3"), (4, "zero2"), (2, "ddp")],
+    }.items():
+        (tmp_path / name).mkdir()
+        how = {**EXACT, "train": {**EXACT["train"], "method": "dpo", "learning_rate": 5e-4}}
+        made.append(tiny_config(tmp_path / name, tiny_model, **how, model={"quantization": "nf4"}))
+        as_pairs(tmp_path / name)
+        for number, leg in enumerate(legs, start=1):
+            go(made[-1], leg, STEPS * number // len(legs))
+
+    is_as(made[1], made[0])
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_the_examples_of_the_readme_can_be_trained_on(
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text(template("qwen2_5"), encoding="utf-8")
 
-    folder = prepared(path, model=model)
+    folder = prepared(path, model=model, method="dpo" if path.stem == "preference" else "sft")
 
     counts = json.loads((folder / "data.json").read_text(encoding="utf-8"))["train"]
     assert counts["examples"] == counts["records"] == len(path.read_text(encoding="utf-8").splitlines())

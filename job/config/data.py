@@ -8,7 +8,7 @@ from job.config import urls
 from job.config.section import Section, Share
 
 _HUB = "hf://datasets/"
-Format = Literal["auto", "instruction", "conversations", "messages", "prompt-completion", "text"]
+Format = Literal["auto", "instruction", "conversations", "messages", "prompt-completion", "text", "preference"]
 
 
 class Source(Section):

@@ -113,6 +113,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _pairs_are_whole(self) -> Self:
+        if self.train.method == "dpo" and (self.data.packing or self.data.loss_on == "all"):
+            key = "data.packing" if self.data.packing else "data.loss_on: all"
+            raise ValueError(f"train.method dpo compares whole answers, which {key} does not allow: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> Self:
         processes = self.distributed.processes_per_node
         self.train.accumulation(1 if processes == "auto" else processes)

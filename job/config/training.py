@@ -24,7 +24,10 @@ class Lora(Section):
 class Train(Section):
     """How long, how fast and how large the steps are."""
 
-    method: Literal["sft"] = "sft"
+    method: Literal["sft", "dpo"] = "sft"
+    """sft: learn the answers; dpo: learn to prefer one answer to another (arXiv 2305.18290), from pairs of them."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """dpo: how much a preference costs for each step away from the base model; less lets it go further."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training data; 3 when max_steps is not given either."""
     max_steps: Annotated[int, Field(ge=1)] | None = None

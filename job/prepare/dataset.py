@@ -71,6 +71,7 @@ def _key(config: Config, base_digest: str, train: Sequence[DataFile], evaluation
         "eval": [(f.url, f.sha256, f.format) for f in evaluation],
         "settings": config.data.model_dump(mode="json", exclude={"train", "eval"}),
         "seed": config.run.seed,
+        "method": config.train.method,
         "base": base_digest,
         "code": [manifest.sha256(path) for path in _SOURCES]
         + [importlib.metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets")],

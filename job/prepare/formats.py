@@ -1,7 +1,7 @@
 """From records to conversations: the shapes in which people keep training data, told apart by their keys."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from job import config
@@ -19,6 +19,8 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     trained: tuple[bool, ...] = ()
     """Whether each answer is to be learned, in their order, where the record says so."""
+    rejected: "Example | None" = None
+    """The same conversation with the answer that is not preferred, if it is about two of them."""
 
 
 def recognise(record: Mapping[str, Any]) -> str:
@@ -114,6 +116,49 @@ def _conversation(turns: Sequence[Mapping[str, Any]], record: Mapping[str, Any])
     return Example(messages=tuple(messages), tools=tools, trained=trained(turns))
 
 
+def _preference(record: Mapping[str, Any], input_heading: str) -> Example:
+    """Two answers to what came before, of which the first is preferred."""
+    asked = _asked(record, input_heading)
+    chosen, rejected = (_answer(record, key) for key in ("chosen", "rejected"))
+    if len(chosen) > 1 and len(rejected) > 1 and chosen[:-1] == rejected[:-1]:  # the question is told in both
+        if asked and turn(asked[-1], len(asked)) != turn(chosen[-2], len(chosen) - 1):
+            raise BadRecordError("chosen and rejected do not answer the prompt")
+        asked, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+    if not asked:
+        raise BadRecordError("has no prompt, and chosen and rejected do not begin with the same one")
+    if chosen == rejected:
+        raise BadRecordError("chosen and rejected are the same")
+    before = sum(turn(each, number)["role"] == "assistant" for number, each in enumerate(asked, start=1))
+    made = []
+    for answers in (chosen, rejected):
+        example = _conversation([*asked, *answers], record)
+        count = sum(message["role"] == "assistant" for message in example.messages)
+        made.append(replace(example, trained=(False,) * before + (True,) * (count - before)))
+    return replace(made[0], rejected=made[1])
+
+
+def _asked(record: Mapping[str, Any], input_heading: str) -> list[Mapping[str, Any]]:
+    for key in ("prompt", "messages", "conversations"):
+        if isinstance(record.get(key), list):
+            return list(record[key])
+    if record.get("prompt") is not None:
+        return [{"role": "user", "content": _text(record, "prompt")}]
+    if record.get("instruction") is not None:
+        told = _instruction({**record, "output": "-", "system": None, "tools": None}, input_heading)
+        return list(told.messages[:-1])
+    return []
+
+
+def _answer(record: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    given = record[key]
+    if isinstance(given, str):
+        return [{"role": "assistant", "content": given}]
+    given = [given] if isinstance(given, dict) else given
+    if not isinstance(given, list) or not given or not all(isinstance(each, dict) for each in given):
+        raise BadRecordError(f"{key} is neither text nor a turn nor a list of turns")
+    return given
+
+
 def _text(record: Mapping[str, Any], key: str) -> str:
     if not isinstance(record[key], str):
         raise BadRecordError(f"{key} is of type {type(record[key]).__name__}, not text")
@@ -125,6 +170,7 @@ def _optional(record: Mapping[str, Any], key: str) -> str:
 
 
 _KEYS = {
+    "preference": {"chosen", "rejected"},
     "messages": {"messages"},
     "conversations": {"conversations"},
     "instruction": {"instruction", "output"},
@@ -132,6 +178,7 @@ _KEYS = {
     "text": {"text"},
 }
 _OPTIONAL = {
+    "preference": {"prompt", "messages", "conversations", "instruction", "input", "system", "history", "tools"},
     "messages": {"tools", "system"},
     "conversations": {"tools", "system"},
     "instruction": {"input", "system", "history"},
@@ -143,4 +190,5 @@ _CONVERT: Mapping[str, Callable[[Mapping[str, Any], str], Example]] = {
     "instruction": _instruction,
     "prompt-completion": _prompt_completion,
     "text": _plain_text,
+    "preference": _preference,
 }

@@ -40,6 +40,18 @@ def split(name: str, tally: Tally, files: Sequence[DataFile], data: Data) -> Non
         )
 
 
+def method(url: str, kind: str, *, pairs: bool) -> None:
+    """Raise `errors.DataError` if the format of a file is not what the method of training needs."""
+    if pairs and kind != "preference":
+        raise errors.DataError(
+            f"{url}: {kind} format, and train.method dpo needs pairs of answers: prompt, chosen and rejected"
+        )
+    if kind == "preference" and not pairs:
+        raise errors.DataError(
+            f"{url}: preference format, which train.method sft has no use for: set train.method: dpo"
+        )
+
+
 def share(name: str, tally: Tally, data: Data, sample: str) -> None:
     """Raise `errors.DataError` if every token would be learned although the records hold questions."""
     asks = data.loss_on != "all" and set(tally.formats.values()) != {"text"}

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 1000  # records tokenized at once
-_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+_TOKENS = pa.list_(pa.int32())
+_SCHEMA = pa.schema([("input_ids", _TOKENS), ("labels", _TOKENS)])
+_PAIRS = pa.schema([*_SCHEMA, ("rejected_input_ids", _TOKENS), ("rejected_labels", _TOKENS)])
 _PART = 600  # characters of an example in a message
 
 
@@ -34,6 +36,7 @@ class Preparation:
 
     def __init__(self, config: Config, words: "PreTrainedTokenizerBase", target: Path) -> None:
         self._data, self._seed, self._words, self._target = config.data, config.run.seed, words, target
+        self._pairs = config.train.method == "dpo"
         self._renderer = Renderer(words, config.data.max_length, config.data.loss_on)
         self._sample = ""
 
@@ -64,15 +67,13 @@ class Preparation:
     def _split(self, split: str, files: Sequence[DataFile], *, kept: bool | None = None) -> tuple[Tally, select.Marks]:
         """Write one split; with an eval fraction, the records whose draw is `kept`, or not, for training."""
         tally, marks = Tally(), select.Marks()
-        path = self._target / f"{split}.arrow"
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+        path, schema = self._target / f"{split}.arrow", _PAIRS if self._pairs else _SCHEMA
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for number, file in enumerate(files):
                 examples = self._examples(file, tally, kept)
                 while batch := list(itertools.islice(examples, _BATCH)):
                     rows = list(self._rows(batch, tally))
-                    writer.write_batch(
-                        pa.record_batch([[r.input_ids for r in rows], [r.labels for r in rows]], schema=_SCHEMA)
-                    )
+                    writer.write_batch(pa.record_batch(_columns(rows), schema=schema))
                     for row in rows:
                         marks.add(row, number)
                     if rows and not self._sample:
@@ -123,6 +124,7 @@ class Preparation:
 
     def _examples(self, file: DataFile, tally: Tally, kept: bool | None) -> Iterator[tuple[str, Example]]:  # noqa: FBT001 - private
         name, heading = self._format(file), tokenizer.input_heading(self._words)
+        judge.method(file.url, name, pairs=self._pairs)
         tally.formats[file.url] = name
         for record in records.read(file.path, file.url):
             if kept is not None and kept != self._draw(file.sha256, record):
@@ -170,3 +172,10 @@ class Preparation:
         content = f"{digest} {record.place}" if record.value is None else json.dumps(record.value, default=str)
         drawn = hashlib.sha256(f"{self._seed} {content}".encode("utf-8", "surrogatepass")).digest()
         return int.from_bytes(drawn[:8], "big") / 2**64 >= self._data.eval_fraction
+
+
+def _columns(rows: Sequence[Row]) -> list[list[list[int]]]:
+    """The rows by columns: tokens and labels, and those of the rejected answers if there are any."""
+    columns = [[row.input_ids for row in rows], [row.labels for row in rows]]
+    rejected = [row.rejected for row in rows if row.rejected]
+    return [*columns, [row.input_ids for row in rejected], [row.labels for row in rejected]] if rejected else columns

@@ -24,7 +24,8 @@ class Marks:
 
     def add(self, row: Row, source: int) -> None:
         """Remember an example of the file with the number `source`."""
-        content = array("i", row.input_ids).tobytes() + b"|" + array("i", row.labels).tobytes()
+        both = [row, row.rejected] if row.rejected else [row]
+        content = b"|".join(array("i", ids).tobytes() for each in both for ids in (each.input_ids, each.labels))
         self._hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
         self._sources.append(source)
 

@@ -39,14 +39,16 @@ class Tally:
             self.complaints.append(f"{where}: {reason}")
 
     def measure(self, path: Path) -> None:
-        """Count the examples in the arrow file at `path`, and their tokens."""
-        lengths, trained = [np.zeros(0, dtype=np.int64)], 0
+        """Count the examples in the arrow file at `path`, and their tokens; of pairs those of both answers."""
+        lengths, trained, rows = [np.zeros(0, dtype=np.int64)], 0, 0
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             for batch in reader:
-                lengths.append(np.diff(batch["labels"].offsets.to_numpy()))
-                trained += int((batch["labels"].flatten().to_numpy() != IGNORED).sum())
+                rows += len(batch)
+                for name in [name for name in batch.schema.names if name.endswith("labels")]:
+                    lengths.append(np.diff(batch[name].offsets.to_numpy()))
+                    trained += int((batch[name].flatten().to_numpy() != IGNORED).sum())
         every = np.concatenate(lengths)
-        self.examples, self.tokens, self.trained_tokens = len(every), int(every.sum()), trained
+        self.examples, self.tokens, self.trained_tokens = rows, int(every.sum()), trained
         self.longest = int(every.max(initial=0))
         self.lengths = _described(every) if len(every) else {}
 

@@ -31,6 +31,8 @@ class Row:
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    rejected: "Row | None" = None
+    """The same with the answer that is not preferred."""
 
 
 class Renderer:
@@ -44,6 +46,17 @@ class Renderer:
 
     def rows(self, examples: Sequence[Example]) -> Iterator[Row | BadRecordError]:
         """A row for each example, in order, or the reason why there is none."""
+        single = iter(self._single([each for one in examples for each in (one, one.rejected) if each]))
+        for example in examples:
+            row = next(single)
+            if example.rejected is None:
+                yield row
+                continue
+            other = next(single)
+            both = [each for each in (row, other) if isinstance(each, BadRecordError)]
+            yield both[0] if both else replace(row, rejected=other, truncated=row.truncated or other.truncated)  # type: ignore[type-var, union-attr]
+
+    def _single(self, examples: Sequence[Example]) -> Iterator[Row | BadRecordError]:
         rendered = [self._try(example) for example in examples]
         good = [item for item in rendered if not isinstance(item, BadRecordError)]
         encoded = iter(self._encode([text for text, _ in good]))
@@ -202,6 +215,9 @@ class Renderer:
 
 def marked(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
     """What the model will see of `row`, with the trained parts between ⟦ and ⟧."""
+    if row.rejected:
+        chosen, rejected = marked(tokenizer, replace(row, rejected=None)), marked(tokenizer, row.rejected)
+        return f"preferred:\n{chosen}\n\nrejected:\n{rejected}"
     parts = groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     texts = ((trained, str(tokenizer.decode([token for token, _ in group]))) for trained, group in parts)
     return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)

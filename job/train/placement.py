@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from job import log
 from job.checkpoint import state as states
+from job.config import Config, Lora
 from job.inputs import Task
 from job.model import lora, weights
 
@@ -25,7 +26,7 @@ def adapted(task: Task) -> PeftModel:
     if strategy == "fsdp":
         return _shared(task)
     network = weights.for_training(task.base, settings.model, shared=strategy == "zero3")
-    return lora.adapted(network, settings.lora)
+    return lora.adapted(network, _shape(settings))
 
 
 def settle(network: nn.Module, task: Task) -> None:
@@ -52,6 +53,14 @@ def held(network: nn.Module) -> tuple[int, int]:
     return mine, whole
 
 
+def _shape(settings: Config) -> Lora:
+    """The adapter's shape as asked for, but without dropout for pairs: answers are compared with the same weights."""
+    if settings.train.method == "dpo" and settings.lora.dropout:
+        log.event("train.dropout", "lora.dropout is not used: train.method dpo compares answers without it")
+        return settings.lora.model_copy(update={"dropout": 0.0})
+    return settings.lora
+
+
 def _shared(task: Task) -> PeftModel:
     """Share out what is frozen while it is loaded, layer by layer; transformers is told that nobody else has to."""
     settings = task.config
@@ -61,7 +70,7 @@ def _shared(task: Task) -> PeftModel:
         network, pieces = weights.for_training(task.base, settings.model, shared=True), None
     else:
         network, pieces = found
-    adapted = lora.adapted(network, settings.lora)
+    adapted = lora.adapted(network, _shape(settings))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = init_device_mesh(device.type, (task.team.size,))
     policy = CPUOffloadPolicy() if settings.distributed.offload else OffloadPolicy()

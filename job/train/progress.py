@@ -23,6 +23,8 @@ _SHOWN = (
     "grad_norm",
     "mean_token_accuracy",
     "eval_mean_token_accuracy",
+    "rewards/accuracies",
+    "eval_rewards/accuracies",
     "tokens_per_second",
     "memory_gb",
     "epoch",

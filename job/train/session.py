@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -22,6 +23,7 @@ from job.train import placement, result
 from job.train.arguments import arguments
 from job.train.cadence import Cadence, due
 from job.train.order import Order, filled
+from job.train.pairs import Collator, PairTrainer
 from job.train.progress import Progress
 from job.train.ranks import Ranks, Stuck
 from job.train.trainer import Exact, Trainer
@@ -87,7 +89,9 @@ def _trainer(
     rows = Dataset.from_file(str(task.data / "train.arrow"))
     whole = filled(rows, settings.train.global_batch_size)
     micro = settings.train.micro_batch_size * ranks.size
-    trainer = Trainer(
+    pairs = settings.train.method == "dpo"
+    more: dict[str, Any] = {"beta": settings.train.beta, "data_collator": Collator(words.pad_token_id)} if pairs else {}
+    trainer = (PairTrainer if pairs else Trainer)(
         saving,
         Cadence(notice, saving, task, ranks, keep_best=keep_best),
         ranks,
@@ -99,6 +103,7 @@ def _trainer(
         train_dataset=whole,
         eval_dataset=filled(Dataset.from_file(str(evaluation)), micro) if evaluates else None,
         callbacks=[Exact(settings.run.seed), *([progress] if progress else [])],
+        **more,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     placement.settle(trainer.model, task)

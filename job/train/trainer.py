@@ -82,10 +82,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
         self._ranks.mark(f"evaluation after step {self.state.global_step}")
         self._cadence.check()
-        count = (inputs["labels"][:, 1:] != IGNORED).sum().item()
+        count = self._weight(inputs)
         result = super().prediction_step(model, inputs, *rest, **more)
         self._evaluated += torch.tensor([float(result[0]) * count, count], dtype=torch.float64)
         return result
+
+    def _weight(self, inputs: Any) -> int:
+        """How much a batch counts in an average: its tokens to be predicted."""
+        return int((inputs["labels"][:, 1:] != IGNORED).sum().item())
 
     def evaluation_loop(self, *how: Any, **more: Any) -> Any:
         """Weigh every token alike: the stock mean over batches changes with the batch size."""
