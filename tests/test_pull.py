@@ -58,6 +58,37 @@ def test_an_unusable_base_is_refused_before_anything_is_read(
     assert base.as_uri() in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("told", "longest"),
+    [
+        ({"max_position_embeddings": 100}, 100),
+        ({"max_position_embeddings": 100, "rope_scaling": None}, 100),
+        ({"max_position_embeddings": 100, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 400),
+        (
+            {"max_position_embeddings": 800, "rope_parameters": {"factor": 8, "original_max_position_embeddings": 50}},
+            800,
+        ),
+    ],
+)
+def test_examples_are_no_longer_than_the_models_context(
+    told: dict[str, object], longest: int, base: Path, tiny_run: Callable[..., Path], cache: paths.Cache
+) -> None:
+    """Stretched or not; beyond it a model has not been trained, and some have no positions."""
+    path = base / "config.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("rope_scaling", "rope_parameters"):
+        described.pop(key, None)
+    path.write_text(json.dumps(described | told), encoding="utf-8")
+
+    def look(length: int) -> None:
+        with ExitStack() as keep:
+            pull.preflight(config.read(tiny_run(model={"base": str(base)}, data={"max_length": length})), cache, keep)
+
+    look(longest)
+    with pytest.raises(errors.ConfigError, match=f"max_length {longest + 1} is more than the {longest} tokens"):
+        look(longest + 1)
+
+
 def test_a_star_stands_for_a_part_of_names(cache: paths.Cache, tmp_path: Path) -> None:
     """As the shards of a data set are called; not for folders, and a name that has none of it is not meant."""
     for name in ("train-0.jsonl", "train-1.jsonl", "test-0.jsonl", "train-x/y.jsonl", "train.jsonl"):

@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 from job import errors, log, manifest, paths, storage
@@ -82,8 +83,8 @@ def converts(config: Config, found: Found) -> bool:
     except (ValueError, AttributeError) as e:
         raise errors.ModelError(f"model.base: {found.source.url}/config.json cannot be read ({e})") from e
     layout = legacy.recognise(told, found.source.url)
-    context = layout.context if layout else told.get("max_position_embeddings")
-    if isinstance(context, int) and config.data.max_length > context:
+    context = layout.context if layout else _context(told)
+    if context and config.data.max_length > context:
         raise errors.ConfigError(
             f"data.max_length {config.data.max_length} is more than the {context} tokens that {found.source.url} was "
             "made for (in its config.json): lower it"
@@ -95,6 +96,18 @@ def converts(config: Config, found: Found) -> bool:
             "model.quantization makes them small"
         )
     return layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
+
+
+def _context(told: Mapping[str, Any]) -> int | None:
+    """How many tokens the model takes, with what its config.json says of stretching them; None if it says nothing."""
+    context = told.get("max_position_embeddings")
+    if not isinstance(context, int):
+        return None
+    stretched = told.get("rope_scaling") or told.get("rope_parameters")
+    factor = stretched.get("factor") if isinstance(stretched, dict) else None
+    if not isinstance(factor, int | float):
+        return context
+    return max(context, int(stretched.get("original_max_position_embeddings", context) * factor))
 
 
 def _some(names: Sequence[str]) -> str:
