@@ -104,10 +104,9 @@ def _context(told: Mapping[str, Any]) -> int | None:
     if not isinstance(context, int):
         return None
     stretched = told.get("rope_scaling") or told.get("rope_parameters")
-    factor = stretched.get("factor") if isinstance(stretched, dict) else None
-    if not isinstance(factor, int | float):
+    if not isinstance(stretched, dict) or not isinstance(stretched.get("factor"), int | float):
         return context
-    return max(context, int(stretched.get("original_max_position_embeddings", context) * factor))
+    return max(context, int(stretched.get("original_max_position_embeddings", context) * stretched["factor"]))
 
 
 def _some(names: Sequence[str]) -> str:
