@@ -263,6 +263,14 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return start
 
 
+def take_back(run: Path, step: int) -> None:
+    """Make the finished `run` one that was stopped just before `step`, its last one, was safe."""
+    for place in ("adapter", "merged", "report"):
+        shutil.rmtree(run / place)
+    shutil.rmtree(next((run / "checkpoints").glob(f"{step:08d}-*")))
+    (run / "done.json").unlink()
+
+
 def command(*arguments: object) -> list[str]:
     """The command line of the job."""
     return [sys.executable, str(ROOT / "entrypoint.py"), *map(str, arguments)]

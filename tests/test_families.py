@@ -10,7 +10,7 @@ from typing import Any
 import originals
 import pytest
 import torch
-from conftest import files
+from conftest import files, take_back
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -123,10 +123,7 @@ def test_a_family_trains_resumes_and_merges(
     first = job("run", settings)
     assert first.returncode == 0, first.stderr
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    for place in ("adapter", "merged", "report"):
-        shutil.rmtree(run / place)
-    shutil.rmtree(next((run / "checkpoints").glob("00000002-*")))
-    (run / "done.json").unlink()
+    take_back(run, step=2)
 
     again = job("run", settings)
 

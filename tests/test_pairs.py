@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, files
+from conftest import QUESTIONS, files, take_back
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -234,10 +233,7 @@ def test_a_run_learns_the_preference_and_goes_on_to_the_same_bits(
     sample = (run / "report" / "sample.txt").read_text(encoding="utf-8")
     assert sample.index("preferred:") < sample.index("⟦It is") < sample.index("rejected:") < sample.index("⟦I do not")
     merged = AutoModelForCausalLM.from_pretrained(run / "merged")
-    for place in ("adapter", "merged", "report"):
-        shutil.rmtree(run / place)
-    shutil.rmtree(next((run / "checkpoints").glob("00000008-*")))
-    (run / "done.json").unlink()
+    take_back(run, step=8)
 
     again = job("run", settings)
 

@@ -14,7 +14,8 @@ from job.manifest import Manifest
 from job.model import tokenizer
 from job.prepare.preparation import Preparation
 
-_SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), Path(tokenizer.__file__))
+_WORDS = Path(tokenizer.__file__)
+_SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), _WORDS, *sorted(_WORDS.parent.glob("legacy/*.py")))
 
 
 def dataset(

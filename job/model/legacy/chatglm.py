@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from job.model.legacy.renaming import Renaming
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
@@ -23,20 +25,23 @@ _CHAT = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
 
-_LAYER = re.compile(r"^transformer\.encoder\.layers\.(\d+)\.(.+)$")
-_COMPUTED = "transformer.rotary_pos_emb.inv_freq"
-_OUTSIDE = {
-    "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "transformer.encoder.final_layernorm.weight": "model.norm.weight",
-    "transformer.output_layer.weight": "lm_head.weight",
-}
-_INSIDE = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "post_attention_layernorm.weight": "post_attention_layernorm.weight",
-    "self_attention.dense.weight": "self_attn.o_proj.weight",
-    "mlp.dense_h_to_4h.weight": "mlp.gate_up_proj.weight",
-    "mlp.dense_4h_to_h.weight": "mlp.down_proj.weight",
-}
+_NAMES = Renaming(
+    outside={
+        "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
+        "transformer.encoder.final_layernorm.weight": "model.norm.weight",
+        "transformer.output_layer.weight": "lm_head.weight",
+    },
+    layer=re.compile(r"^transformer\.encoder\.layers\.(\d+)\.(.+)$"),
+    inside={
+        "input_layernorm.weight": "input_layernorm.weight",
+        "post_attention_layernorm.weight": "post_attention_layernorm.weight",
+        "self_attention.dense.weight": "self_attn.o_proj.weight",
+        "mlp.dense_h_to_4h.weight": "mlp.gate_up_proj.weight",
+        "mlp.dense_4h_to_h.weight": "mlp.down_proj.weight",
+    },
+    mixed="self_attention.query_key_value",
+    computed=re.compile(r"^transformer\.rotary_pos_emb\.inv_freq$"),
+)
 # What every ChatGLM2 and ChatGLM3 says of itself, and GLM is.
 _EXPECTED = {
     "rmsnorm": True,
@@ -95,23 +100,8 @@ class ChatGLM:
         }
 
     def weights(self, name: str, tensor: "torch.Tensor") -> "dict[str, torch.Tensor]":
-        """What the weight `name` becomes; nothing if it is computed from the config. Raises `KeyError`."""
-        if name in _OUTSIDE:
-            return {_OUTSIDE[name]: tensor}
-        if name == _COMPUTED:
-            return {}
-        found = _LAYER.match(name)
-        if not found:
-            raise KeyError(name)
-        layer, inside = f"model.layers.{found[1]}", found[2]
-        kind, _, leaf = inside.rpartition(".")
-        if kind == "self_attention.query_key_value":
-            sizes = [heads * self._width for heads in (self._heads, self._groups, self._groups)]
-            return {
-                f"{layer}.self_attn.{part}_proj.{leaf}": piece
-                for part, piece in zip("qkv", tensor.split(sizes), strict=True)  # type: ignore[no-untyped-call]
-            }
-        return {f"{layer}.{_INSIDE[inside]}": tensor}
+        """What the weight `name` becomes; nothing if it is not needed. Raises `KeyError` and `RuntimeError`."""
+        return _NAMES.of(name, tensor, [heads * self._width for heads in (self._heads, self._groups, self._groups)])
 
     def tokenizer(self, folder: Path, _generation: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
         """The tokenizer of the base in `folder` as a fast one.

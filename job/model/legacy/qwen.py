@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from job.model.legacy.renaming import Renaming
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
@@ -27,21 +29,24 @@ _CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
-_LAYER = re.compile(r"^transformer\.h\.(\d+)\.(.+)$")
-_COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attn\.logn_tensor)$")
-_OUTSIDE = {
-    "transformer.wte.weight": "model.embed_tokens.weight",
-    "transformer.ln_f.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-_INSIDE = {
-    "ln_1.weight": "input_layernorm.weight",
-    "ln_2.weight": "post_attention_layernorm.weight",
-    "attn.c_proj.weight": "self_attn.o_proj.weight",
-    "mlp.w1.weight": "mlp.up_proj.weight",
-    "mlp.w2.weight": "mlp.gate_proj.weight",
-    "mlp.c_proj.weight": "mlp.down_proj.weight",
-}
+_NAMES = Renaming(
+    outside={
+        "transformer.wte.weight": "model.embed_tokens.weight",
+        "transformer.ln_f.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    },
+    layer=re.compile(r"^transformer\.h\.(\d+)\.(.+)$"),
+    inside={
+        "ln_1.weight": "input_layernorm.weight",
+        "ln_2.weight": "post_attention_layernorm.weight",
+        "attn.c_proj.weight": "self_attn.o_proj.weight",
+        "mlp.w1.weight": "mlp.up_proj.weight",
+        "mlp.w2.weight": "mlp.gate_proj.weight",
+        "mlp.c_proj.weight": "mlp.down_proj.weight",
+    },
+    mixed="attn.c_attn",
+    computed=re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attn\.logn_tensor)$"),
+)
 
 
 class Qwen:
@@ -85,22 +90,8 @@ class Qwen:
         }
 
     def weights(self, name: str, tensor: "torch.Tensor") -> "dict[str, torch.Tensor]":
-        """What the weight `name` becomes; nothing if it is computed from the config. Raises `KeyError`."""
-        if name in _OUTSIDE:
-            return {_OUTSIDE[name]: tensor}
-        if _COMPUTED.search(name):
-            return {}
-        found = _LAYER.match(name)
-        if not found:
-            raise KeyError(name)
-        layer, inside = f"model.layers.{found[1]}", found[2]
-        kind, _, leaf = inside.rpartition(".")
-        if kind == "attn.c_attn":
-            return {
-                f"{layer}.self_attn.{part}_proj.{leaf}": piece
-                for part, piece in zip("qkv", tensor.chunk(3), strict=True)
-            }
-        return {f"{layer}.{_INSIDE[inside]}": tensor}
+        """What the weight `name` becomes; nothing if it is not needed. Raises `KeyError` and `RuntimeError`."""
+        return _NAMES.of(name, tensor, [self._told["hidden_size"]] * 3)
 
     def tokenizer(self, folder: Path, generation: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
         """The tokenizer of the base in `folder` as a fast one; `generation` is its generation_config.json.
