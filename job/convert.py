@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 _KEPT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # of a base whose weights alone are converted
 _MADE_FROM = "converted-from.txt"
-_SOURCES = (*sorted(Path(legacy.__file__).parent.glob("*.py")), Path(legacy.__file__).parent.with_name("files.py"))
+_SOURCES = (
+    Path(__file__),
+    *sorted(Path(legacy.__file__).parent.glob("*.py")),
+    Path(legacy.__file__).parent.with_name("files.py"),
+)
 
 
 def native(base: Base, cache: paths.Cache, keep: ExitStack) -> Base:
@@ -28,9 +32,9 @@ def native(base: Base, cache: paths.Cache, keep: ExitStack) -> Base:
     It stays the same base, by URL and digest. Raises `errors.ModelError` if it is not what its config.json says.
     """
     layout = legacy.recognise(_read(base.path / "config.json"), base.url)
-    if layout is None and any(base.path.glob("*.safetensors")):
+    if layout is None and any(not path.name.startswith("adapter_") for path in base.path.glob("*.safetensors")):
         return base
-    target, made_from = cache.converted(base.url), _made_from(base)
+    target, made_from = cache.converted(base.fingerprint, _made_by()), base.digest
     keep.enter_context(storage.used(target))
     with storage.alone(target) as place:
         if place.sealed() and (target / _MADE_FROM).read_text(encoding="ascii") == made_from:
@@ -47,12 +51,10 @@ def native(base: Base, cache: paths.Cache, keep: ExitStack) -> Base:
     return Base(base.url, target, base.digest)
 
 
-def _made_from(base: Base) -> str:
-    """What the result depends on: the base, this code, and what writes the tokenizer."""
+def _made_by() -> str:
+    """What the result depends on besides the base: this code, and what writes the tokenizer."""
     code = [manifest.sha256(path) for path in _SOURCES]
-    return paths.digest(
-        " ".join([base.digest, *code, *map(importlib.metadata.version, ("transformers", "tokenizers"))])
-    )
+    return paths.digest(" ".join([*code, *map(importlib.metadata.version, ("transformers", "tokenizers"))]))
 
 
 def _convert(base: Base, layout: legacy.Layout | None, target: Path) -> None:
@@ -72,7 +74,7 @@ def _convert(base: Base, layout: legacy.Layout | None, target: Path) -> None:
     told = _read(generation) if generation.exists() else {}
     try:
         words = layout.tokenizer(base.path, told)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # a broken file makes libraries fail in many ways
         raise errors.ModelError(f"model.base: the tokenizer of {base.url} cannot be converted: {e}") from e
     words.save_pretrained(target)
     for name, content in [("config.json", layout.config()), (generation.name, layout.generation(told, words))]:

@@ -20,6 +20,8 @@ class Base:
     url: str
     path: Path
     digest: str
+    fingerprint: str = "any"
+    """Names the files without their content: URL, names, sizes and versions."""
 
 
 @dataclass(frozen=True)

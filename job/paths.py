@@ -92,9 +92,14 @@ class Cache:
         """A base model, shared by all runs that use it."""
         return self.root / "models" / fingerprint
 
-    def converted(self, url: str) -> Path:
-        """What the base model at `url` becomes if transformers does not load it as it is."""
-        return self.root / "models" / f"converted-{digest(url)}"
+    def converted(self, fingerprint: str, made_by: str) -> Path:
+        """What the code `made_by` makes of a base model that transformers does not load as it is."""
+        return self.root / "models" / f"converted-{fingerprint}-{made_by}"
+
+    def conversions(self, fingerprint: str) -> list[Path]:
+        """What any code has made of it."""
+        found = (self.root / "models").glob(f"converted-{fingerprint}-*")
+        return [path for path in found if path.is_dir() and not path.name.endswith(".partial")]
 
     def data(self, fingerprint: str) -> Path:
         """Raw data files, shared by all runs that use them."""

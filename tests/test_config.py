@@ -214,3 +214,13 @@ def test_a_kept_config_can_be_used_again(write: Callable[[str], Path], tmp_path:
 
     assert config.read(kept) == ours
     assert config.began(kept.read_bytes()) == 7
+
+
+def test_a_key_that_comes_later_does_not_make_a_run_another_one(write: Callable[[str], Path]) -> None:
+    """What is at its default is not part of the digest: finished runs stay finished, and others can go on."""
+    changed = config.digest(config.read(write(SMALL), ["train.learning_rate=1e-3"]))
+
+    assert (
+        config.digest(config.read(write(SMALL))) == "73387eea184546f86df5828b9216efb79907ce474f218e7534c4c93810cddfc3"
+    )
+    assert changed == "73b415236cec04842ed597f714776064da7fbc9e5dc3a43f14cc10cf42e01a2b"

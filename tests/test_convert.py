@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import jinja2
 import originals
 import pytest
 import sentencepiece
@@ -29,10 +30,11 @@ def cache(tmp_path: Path) -> paths.Cache:
     return paths.Cache(tmp_path / "cache", "run")
 
 
-def converted(folder: Path, cache: paths.Cache) -> Path:
+def converted(folder: Path, cache: paths.Cache, fingerprint: str = "any") -> Path:
     """What the base in `folder` becomes."""
+    base = Base(folder.as_uri(), folder, manifest.of(folder).digest, fingerprint)
     with ExitStack() as keep:
-        return convert.native(Base(folder.as_uri(), folder, manifest.of(folder).digest), cache, keep).path
+        return convert.native(base, cache, keep).path
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickled"])
@@ -201,8 +203,9 @@ class _Trap:
         lambda trap: pickle.dumps({"model.embed_tokens.weight": _Trap(trap)}, protocol=2),
         lambda _: b"PK\x03\x04 half a file",
         lambda _: b"",
+        lambda _: b"\x80\x02",
     ],
-    ids=["code", "broken", "empty"],
+    ids=["code", "broken", "empty", "cut"],
 )
 def test_a_pickle_that_is_more_than_weights_is_refused(
     content: Callable[[str], bytes], tiny_model: Path, cache: paths.Cache, tmp_path: Path
@@ -217,7 +220,7 @@ def test_a_pickle_that_is_more_than_weights_is_refused(
         converted(base, cache)
 
     assert not (tmp_path / "trap").exists()
-    assert not manifest.sealed(cache.converted(base.as_uri()))
+    assert not any(map(manifest.sealed, cache.conversions("any")))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,49 @@ def test_weights_that_do_not_fit_the_config_are_named(
     with pytest.raises(errors.ModelError, match=told):
         converted(base, cache)
 
-    assert not manifest.sealed(cache.converted(base.as_uri()))
+    assert not any(map(manifest.sealed, cache.conversions("any")))
+
+
+def test_what_chatglm2_computes_otherwise_is_refused(cache: paths.Cache, tmp_path: Path) -> None:
+    """Its positions are divided by rope_ratio, where ChatGLM3 multiplies the base of the rotary embedding."""
+    base = tmp_path / "base"
+    originals.chatglm(base)
+    described = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(described | {"rope_ratio": 16}), encoding="utf-8")
+    made = json.loads((converted(base, cache) / "config.json").read_text(encoding="utf-8"))
+    assert made["rope_theta"] == 160000.0
+
+    (base / "tokenization_chatglm.py").write_text("# without roles", encoding="utf-8")
+    with pytest.raises(errors.ModelError, match="ChatGLM2 stretches its positions"):
+        converted(base, cache, fingerprint="other")
+
+
+@pytest.mark.parametrize("family", ["qwen", "chatglm"])
+def test_answers_of_tools_are_no_plain_text(
+    family: str, qwen_words: tuple[Path, Path], chatglm_words: tuple[Path, Path]
+) -> None:
+    """ChatGLM3 has a token for them; Qwen of 2023 knows none."""
+    tokenizer = AutoTokenizer.from_pretrained({"qwen": qwen_words, "chatglm": chatglm_words}[family][1])
+    messages = [{"role": "user", "content": "?"}, {"role": "tool", "content": "20 C"}]
+
+    if family == "chatglm":
+        assert "<|observation|>\n 20 C" in tokenizer.apply_chat_template(messages, tokenize=False)
+    else:
+        with pytest.raises(jinja2.TemplateError, match="does not know the role tool"):
+            tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_an_adapter_beside_pickled_weights_is_no_base(tiny_model: Path, cache: paths.Cache, tmp_path: Path) -> None:
+    """Its file is of the kind that is looked for, and not what is looked for."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    torch.save(load_file(tiny_model / "model.safetensors"), base / "pytorch_model.bin")
+    save_file({"lora_A": torch.ones(1)}, base / "adapter_model.safetensors")
+
+    assert {name for name, _ in files.tensors(converted(base, cache))} == set(
+        load_file(tiny_model / "model.safetensors")
+    )
 
 
 def test_a_vocabulary_that_is_not_whole_is_refused(cache: paths.Cache, tmp_path: Path) -> None:
@@ -263,21 +308,26 @@ def test_a_vocabulary_that_is_not_whole_is_refused(cache: paths.Cache, tmp_path:
 def test_a_base_is_converted_once_and_again_when_it_changes(
     cache: paths.Cache, tmp_path: Path, said: Callable[[], str]
 ) -> None:
-    """The cache keeps the result for the next start; another base at the same URL is converted anew."""
+    """The cache keeps the result for the next start; another base at the same URL is converted to another place.
+
+    So a job that still uses the first one goes on with it.
+    """
     base = tmp_path / "base"
     originals.qwen(base)
     first = manifest.of(converted(base, cache))
+    (place,) = cache.conversions("any")
     converted(base, cache)
     weights = {name: tensor * 2 for name, tensor in files.tensors(base)}
     for path in base.glob("*.safetensors"):
         path.unlink()
     save_file(weights, base / "model.safetensors")
 
-    second = manifest.of(converted(base, cache))
+    second = manifest.of(converted(base, cache, fingerprint="other"))
 
     assert said().count("is converted already") == 1
     assert said().count("converting it to qwen2") == 2
     assert first.digest != second.digest
+    assert manifest.of(place) == first
 
 
 @pytest.mark.parametrize(
@@ -286,6 +336,8 @@ def test_a_base_is_converted_once_and_again_when_it_changes(
         ({"model_type": "qwen", "visual": {}}, "Qwen-VL of 2023"),
         ({"model_type": "qwen", "no_bias": False}, "it has biases"),
         ({"model_type": "qwen", "seq_length": None}, "lacks seq_length, which every Qwen"),
+        ({"model_type": "qwen", "intermediate_size": None}, "lacks intermediate_size, which every Qwen"),
+        ({"model_type": "qwen", "seq_length": []}, "cannot be converted: int"),
         ({"model_type": "chatglm", "position_encoding_2d": True}, "the first one, is another architecture"),
         ({"model_type": "chatglm", "multi_query_attention": False}, "multi_query_attention is False, and True in"),
         ({"model_type": "chatglm", "pre_seq_len": 128}, "a prefix of P-tuning"),

@@ -174,7 +174,7 @@ def test_what_reaches_the_model_is_what_was_prepared(
     words.chat_template = tokenizer.load(Path(words.name_or_path)).chat_template
     rows = [
         row
-        for row in tokens.Renderer(words, 10**6, "assistant").rows(map(conversation, turns))
+        for row in tokens.Renderer(words, 10**6, "assistant").rows([conversation(each) for each in turns])
         if isinstance(row, tokens.Row)
     ]
     examples = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]

@@ -15,7 +15,7 @@ from typing import ClassVar
 import pytest
 from conftest import ROOT, files
 
-from job import manifest
+from job import manifest, storage
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 COMMIT = "c" * 40
@@ -139,6 +139,27 @@ def test_data_come_from_the_hub(hub: dict[str, str], tiny_run: Callable[..., Pat
     counts = json.loads((tmp_path / "run" / "report" / "data.json").read_text(encoding="utf-8"))
     assert (counts["train"]["examples"], counts["eval"]["examples"]) == (40, 8)
     assert "Tokens in an example of the train split" in (tmp_path / "run" / "report" / "report.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("url", "repository", "revision", "shown"),
+    [
+        ("hf://org/name", "org/name", "main", "hf://org/name@main"),
+        ("hf://org/name@v1", "org/name", "v1", "hf://org/name@v1"),
+        ("hf://org/name@refs/pr/1", "org/name", "refs/pr/1", "hf://org/name@refs/pr/1"),
+        ("hf://datasets/org/name/data", "org/name", "main", "hf://datasets/org/name@main/data"),
+        ("hf://datasets/org/name@v1", "org/name", "v1", "hf://datasets/org/name@v1"),
+        ("hf://datasets/org/name@v1/a/b", "org/name", "v1", "hf://datasets/org/name@v1/a/b"),
+        ("hf://datasets/org/name@refs/convert/parquet/default/train", "org/name", "refs/convert/parquet",
+         "hf://datasets/org/name@refs/convert/parquet/default/train"),
+        ("hf://datasets/org/name@a%2Fb/c", "org/name", "a/b", "hf://datasets/org/name@a/b/c"),
+    ],
+)  # fmt: skip
+def test_a_url_says_repository_revision_and_folder(url: str, repository: str, revision: str, shown: str) -> None:
+    """Branches of pull requests and of the hub's own conversions have slashes in their names."""
+    found = storage.source(url)
+
+    assert (found.repository, found.revision, found.url) == (repository, revision, shown)  # type: ignore[attr-defined]
 
 
 def test_a_hub_with_hiccups_delivers_in_the_end(hub: dict[str, str], tmp_path: Path, tiny_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from conftest import QUESTIONS, files, take_back
 from datasets import Dataset
 from peft import PeftModel
+from test_families import random_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
@@ -27,6 +29,10 @@ from job.train.pairs import Collator, PairTrainer, _valid
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 ASKED = {"role": "user", "content": "Warm?"}
+SYSTEM, OLD, OLDER = (
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Hello."},
+)  # fmt: skip
 GOOD, BAD = {"role": "assistant", "content": "20 C."}, {"role": "assistant", "content": "Dunno."}
 
 
@@ -44,6 +50,8 @@ def example(record: dict[str, Any]) -> formats.Example:
         {"conversations": [{"from": "human", "value": "Warm?"}], "chosen": {"from": "gpt", "value": "20 C."},
          "rejected": {"from": "gpt", "value": "Dunno."}},
         {"instruction": "Warm?", "input": "", "chosen": "20 C.", "rejected": "Dunno."},
+        {"prompt": "Warm?", "prompt_id": "7", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "score_chosen": 8.0,
+         "messages": [ASKED, GOOD], "score_rejected": 2.0},
     ],
     ids=lambda record: "-".join(record) + f"-{type(record['chosen']).__name__}",
 )  # fmt: skip
@@ -67,12 +75,27 @@ def test_only_the_answers_that_differ_are_compared() -> None:
     assert pair.trained == (False, True)
 
 
+@pytest.mark.parametrize("told", [[GOOD], [ASKED, GOOD], [SYSTEM, ASKED, GOOD], [OLD, OLDER, SYSTEM, ASKED, GOOD]])
+def test_no_turn_of_the_prompt_is_lost(told: list[dict[str, str]]) -> None:
+    """However many of them the answers repeat, or tell besides."""
+    record = {"prompt": [SYSTEM, ASKED], "chosen": told, "rejected": [*told[:-1], BAD]}
+
+    pair = example(record)
+
+    before = [SYSTEM, ASKED] if len(told) < 4 else told[:-1]
+    assert list(pair.messages) == [*before, GOOD]
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
         ({"prompt": "Warm?", "chosen": "x", "rejected": "x"}, "chosen and rejected are the same"),
         ({"chosen": "x", "rejected": "y"}, "has no prompt, and chosen and rejected do not begin with the same one"),
-        ({"prompt": "Cold?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, "do not answer the prompt"),
+        (
+            {"prompt": "Cold?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+            "begin with something else",
+        ),
+        ({"prompt": "Warm?", "chosen": {**GOOD, "score": 1}, "rejected": {**GOOD, "score": 2}}, "are the same"),
         ({"prompt": "Warm?", "chosen": 3, "rejected": "x"}, "chosen is neither text nor a turn"),
         ({"prompt": "Warm?", "chosen": " ", "rejected": "x"}, "empty answer"),
     ],
@@ -105,6 +128,25 @@ def test_data_and_method_must_fit(
 
     assert outcome.returncode == 64, outcome.stderr
     assert told in outcome.stderr
+
+
+def test_answers_that_are_the_same_within_the_length_teach_nothing(tiny_model: Path) -> None:
+    """They would only dilute the loss."""
+    pair = example({"prompt": "Warm?", "chosen": "It is 3. " * 40, "rejected": "It is 3. " * 41})
+
+    (row,) = tokens.Renderer(tokenizer.load(tiny_model), 64, "assistant").rows([pair])
+
+    assert str(row) == "both answers are the same in the first 64 tokens"
+
+
+def test_a_batch_without_a_usable_pair_is_told(prepared: Callable[..., Path], records: Callable[..., Path]) -> None:
+    """With the reason for each, as for other records."""
+    rows = [{"prompt": "It is 3. " * 60, "chosen": "x", "rejected": "y"}] * 3
+
+    with pytest.raises(errors.DataError, match="3 of 3 records read cannot be used") as caught:
+        prepared(records("long.jsonl", rows), method="dpo", max_length=64)
+
+    assert "nothing left to train" in str(caught.value)
 
 
 @pytest.mark.parametrize("data", [{"packing": True}, {"loss_on": "all"}])
@@ -191,6 +233,28 @@ def test_gradients_do_not_depend_on_the_micro_batch(network: PeftModel, tiny_mod
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
+def test_no_dropout_is_left_in_the_base(tiny_run: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> None:
+    """With it an adapter that has learned nothing would seem to prefer something: GPT-2 has dropout everywhere."""
+    base = random_model("gpt2", tmp_path / "base")
+    for path in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("*.jinja")):
+        shutil.copy(path, base)
+    read = config.read(tiny_run(model={"base": str(base), "quantization": "none", "compute_dtype": "float32"}))
+    made = lora.adapted(weights.for_training(base, read.model), read.lora)
+    lora.draw(made, 1)
+    lora.without_dropout(made)
+    trainer = trainer_of(made, tiny_model, tmp_path, 0.3)
+    trainer.model.train()
+
+    loss = trainer.compute_loss(trainer.model, Collator(0)([dict(row) for row in pairs(tiny_model)]))
+
+    assert math.isclose(float(loss.detach()), math.log(2), rel_tol=1e-5)
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """The lines of the report's figures."""
+    return [json.loads(line) for line in (run / "report" / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
 def as_pairs(folder: Path) -> None:
     """Turn the data of a tiny run into pairs."""
     for name in ("train", "eval"):
@@ -212,14 +276,20 @@ def trainer_of(network: PeftModel, tiny_model: Path, folder: Path, beta: float) 
 
 
 def test_a_run_learns_the_preference_and_goes_on_to_the_same_bits(
-    job: Job, tiny_run: Callable[..., Path], tmp_path: Path
+    job: Job, tiny_run: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
     """From ln 2, where both answers are as likely as before, down; a second start in the middle ends the same."""
     settings = tiny_run(
         train={"method": "dpo", "max_steps": 8, "learning_rate": 5e-3, "beta": 0.5, "eval_every": 4, "log_every": 2},
-        checkpoint={"every_steps": 4}, lora={"dropout": 0.05},
+        checkpoint={"every_steps": 4}, lora={"dropout": 0.05}, model={"base": str(tmp_path / "base")},
     )  # fmt: skip
     as_pairs(tmp_path)
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))  # without a token for padding, as Llama's
+    for path in (base / "tokenizer_config.json", base / "special_tokens_map.json"):
+        if path.exists():
+            told = json.loads(path.read_text(encoding="utf-8"))
+            told.pop("pad_token", None)
+            path.write_text(json.dumps(told), encoding="utf-8")
     run = tmp_path / "run"
     first = job("run", settings)
     assert first.returncode == 0, first.stderr
@@ -227,9 +297,9 @@ def test_a_run_learns_the_preference_and_goes_on_to_the_same_bits(
     facts = json.loads((run / "adapter" / "training.json").read_text(encoding="utf-8"))
     assert math.isclose(facts["loss_before"], math.log(2), rel_tol=1e-4)
     assert facts["loss_after"] < 0.4
-    assert "lora.dropout is not used" in first.stderr
-    metrics = [json.loads(line) for line in (run / "report" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert metrics[-1]["eval_rewards/accuracies"] == 1.0
+    assert "no dropout: train.method dpo" in first.stderr
+    assert "eval_rewards/margins" in metrics_of(run)[-1]
+    assert metrics_of(run)[-1]["eval_rewards/accuracies"] == 1.0
     sample = (run / "report" / "sample.txt").read_text(encoding="utf-8")
     assert sample.index("preferred:") < sample.index("⟦It is") < sample.index("rejected:") < sample.index("⟦I do not")
     merged = AutoModelForCausalLM.from_pretrained(run / "merged")

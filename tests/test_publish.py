@@ -181,14 +181,20 @@ def test_without_a_merge_the_merged_model_is_not_asked_for(
 
 def test_the_report_says_what_was_made_of_what(settings: config.Config, tmp_path: Path) -> None:
     """Base, data, losses, counts, the sample and the config, on one page."""
-    counts = {"records": 9, "examples": 7, "bad": 2, "truncated": 1, "tokens": 99, "trained_tokens": 33, "longest": 31}
+    lengths = {"mean": 14.1, "p50": 12, "p90": 30, "p99": 31, "histogram": [[15, 4], [31, 2]]}
+    counts = {
+        "records": 9, "examples": 6, "bad": 2, "truncated": 1, "repeated": 1, "leaked": 0, "tokens": 99,
+        "trained_tokens": 33, "longest": 31, "lengths": lengths,
+    }  # fmt: skip
     (tmp_path / "data.json").write_text(json.dumps({"train": counts}))
     (tmp_path / "sample.txt").write_text("Why? ⟦Because.⟧")
 
     page = (report.write(settings, FACTS, SPENT, tmp_path, "s3://b/run") / report.NAME).read_text()
 
     assert "eval loss 4.5000 before, 3.2500 after" in page
-    assert "| train | 9 | 7 | 2 | 1 | 99 | 33 | 31 |" in page
+    assert "| train | 9 | 2 | 1 | 1 | - | 6 | 99 | 33.3% |" in page
+    assert "14 on average; half have up to 12, 90% up to 30, 99% up to 31." in page
+    assert f"    up to     15         4 {'█' * 40}\n    up to     31         2 {'█' * 20}" in page
     assert "20 (1.50 epochs, 12,345 tokens); the adapter is that of step 10" in page
     assert "⟦Because.⟧" in page
     assert "60.0% of the time of 2 attempt(s) went into training steps that count; 3 step(s) were done twice" in page

@@ -14,7 +14,7 @@ from job.prepare import select
 from job.prepare.tokens import Row
 
 
-def pairs(numbers: Iterator[int] | range | list[int]) -> list[object]:
+def pairs(numbers: Iterator[int] | range | list[int]) -> list[dict[str, str]]:
     return [{"instruction": f"What is {n}?", "output": f"It is {n}."} for n in numbers]
 
 
@@ -80,18 +80,20 @@ def test_eval_examples_can_be_taken_out_of_training(
 def test_leaks_can_be_allowed(
     prepared: Callable[..., Path], records: Callable[..., Path], said: Callable[[], str]
 ) -> None:
-    """To see whether a model can learn by heart; it is said all the same."""
-    folder = prepared(
-        records("train.jsonl", pairs(range(5))), evaluation=(records("eval.jsonl", pairs([3])),), leaks="allow"
-    )
+    """To see whether a model can learn by heart, of the very same file too; it is said all the same."""
+    train = records("train.jsonl", pairs(range(5)))
+
+    folder = prepared(train, evaluation=(train,), leaks="allow")
 
     assert len(rows(folder)) == 5
     assert "as data.leaks allows, the eval loss measures memory" in said()
 
 
 def test_equal_records_are_held_out_together(prepared: Callable[..., Path], records: Callable[..., Path]) -> None:
-    """Otherwise every held-out share of data with duplicates would leak."""
-    folder = prepared(records("train.jsonl", pairs([n % 20 for n in range(200)])), eval_fraction=0.3)
+    """Otherwise every held-out share of data with duplicates would leak; what tells them apart may be unused."""
+    told = [{**record, "id": number} for number, record in enumerate(pairs([n % 20 for n in range(200)]))]
+
+    folder = prepared(records("train.jsonl", told), eval_fraction=0.3)
 
     held = Counter(rows(folder, "eval"))
     assert set(held.values()) == {10}
@@ -149,6 +151,9 @@ def test_lengths_are_described(prepared: Callable[..., Path], records: Callable[
     assert described["p99"] == told["longest"] == lengths[-1]
     assert sum(count for _, count in described["histogram"]) == 30
     assert described["histogram"][-1][0] == lengths[-1]
+    for upto, _ in described["histogram"]:
+        counted = sum(count for edge, count in described["histogram"] if edge <= upto)
+        assert counted == sum(length <= upto for length in lengths)
 
 
 def test_rows_are_chosen_in_any_batch(tmp_path: Path) -> None:

@@ -82,8 +82,12 @@ def test_the_same_conversation_in_different_words(record: dict[str, object]) -> 
             {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
             {"from": "observation", "value": "20 C"}, {"from": "gpt", "value": "20 C."},
         ], "tools": json.dumps([WEATHER])},
+        {"messages": [
+            ASKED, {"role": "assistant", "content": None, "function_call": ROME["function"]}, said("function", "20 C"),
+            ANSWERED,
+        ], "tools": TOOLS},
     ],
-    ids=["openai", "openai as text", "sharegpt"],
+    ids=["openai", "openai as text", "sharegpt", "openai of 2023"],
 )  # fmt: skip
 def test_calls_of_tools_in_different_words(record: dict[str, object]) -> None:
     """As objects and as JSON in text; templates want objects."""
@@ -180,22 +184,38 @@ def test_calls_of_tools_are_trained_as_the_template_writes_them(family: str, tin
     assert spans(words, row.labels) == spans(words, theirs)
 
 
+@pytest.mark.parametrize("family", ["deepseekv3", "muse_glimmer"])
+def test_a_template_that_fails_on_a_record_refuses_the_record(family: str, tiny_model: Path) -> None:
+    """Whatever it raises: the template is a program that somebody else wrote."""
+    words = tokenizer.load(tiny_model)
+    words.chat_template = template(family)
+    told = example({"messages": [ASKED, said("assistant", "x", tool_calls=[ROME]), said("tool", "?"), ANSWERED]})
+
+    (row,) = tokens.Renderer(words, 4096, "assistant").rows([told])
+
+    assert isinstance(row, BadRecordError)
+
+
 def test_a_template_without_a_place_for_tools_is_refused(tiny_model: Path) -> None:
     """It would leave them out, and the model would learn to guess."""
     words = tokenizer.load(tiny_model)
     called = said("assistant", "", tool_calls=[ROME])
     both = [
-        example({"messages": [ASKED, ANSWERED], "tools": TOOLS}),
+        example({"messages": [said("user", "How is the weather?"), ANSWERED], "tools": TOOLS}),
+        example({"messages": [ASKED, said("assistant", "I ask weather.", tool_calls=[ROME])]}),
         example({"messages": [ASKED, called]}),
     ]
 
     reasons = [str(row) for row in tokens.Renderer(words, 4096, "assistant").rows(both)]
 
-    assert reasons[0] == "the chat template does not write the tool 'weather': it has no place for tools"
-    assert reasons[1] == "the chat template does not write 'weather' in turn 2"
+    assert reasons == ["the chat template has no place for tools and their calls"] * 3
     words = tokenizer.load(tiny_model, "instruction-en")
     (row,) = tokens.Renderer(words, 4096, "assistant").rows(
         [example({"messages": [ASKED, said("assistant", "x", tool_calls=[ROME]), said("tool", "20 C"), ANSWERED]})]
+    )
+    assert "no place for tools" in str(row)
+    (row,) = tokens.Renderer(words, 4096, "assistant").rows(
+        [example({"messages": [ASKED, said("tool", "?"), ANSWERED]})]
     )
     assert "an instruction template has no place for the role tool" in str(row)
 
@@ -239,4 +259,6 @@ def test_weights_that_contradict_the_config_are_refused(loss_on: str, reason: st
 
 def test_only_keys_without_a_use_are_called_unused() -> None:
     """Tools and system are what some records have besides."""
-    assert formats.ignored({"messages": [], "tools": [], "system": "", "id": 1}, "messages") == {"id"}
+    record = {"messages": [said("user", "?", name="a", score=1)], "tools": [], "system": "", "id": 1}
+
+    assert formats.ignored(record, "messages") == {"id", "messages[].score"}

@@ -36,8 +36,14 @@ def began(theirs: bytes) -> int:
 
 
 def digest(config: Config) -> str:
-    """SHA-256 over every key that changes the result."""
-    flat = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if not _neutral(key)}
+    """SHA-256 over every key that changes the result and is not at its default.
+
+    So a run that began before a key was there is still the same run.
+    """
+    usual, given = _defaults(), _flat(config.model_dump(mode="json"))
+    flat = {
+        key: value for key, value in given.items() if not _neutral(key) and (key not in usual or usual[key] != value)
+    }
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """The adapter's shape: which layers of a loaded model get one, found in the model and never in a list of names."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -67,8 +68,8 @@ def _tell(wrapped: PeftModel, targets: Sequence[str], bare: Counter[str]) -> Non
         kinds = _some([f"{kind} ({count:,})" for kind, count in bare.most_common()])
         log.warn(
             "lora.bare",
-            f"no adapter for {kinds}: {sum(bare.values()):,} weights that are no linear layers of their own, as the "
-            "experts of a mixture, stay as they are",
+            f"no adapter for {kinds}: {sum(bare.values()):,} weights stay as they are, which are no linear layers of "
+            "their own, as the experts of a mixture, or layers that PEFT takes for those",
             kinds=dict(bare),
         )
 
@@ -85,6 +86,16 @@ def draw(network: nn.Module, seed: int) -> None:
             parameter.data.copy_(values / math.sqrt(parameter.shape[1]))
         elif _SECOND in name:
             parameter.data.zero_()
+
+
+def without_dropout(network: nn.Module) -> None:
+    """Switch off every dropout, the base's too: for comparing what is computed with the adapter and without."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def in_float32(network: nn.Module) -> None:
@@ -145,8 +156,11 @@ def _bare(network: PreTrainedModel, targets: Sequence[str]) -> Counter[str]:
         if name in chosen or module is head or isinstance(module, nn.Embedding):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1:
-                found[_kind(name) if leaf == "weight" else f"{_kind(name)}.{leaf}"] += parameter.numel()
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed keeps a part, and what it is of
+            if isinstance(module, nn.Linear) and leaf == "weight":
+                shape = (module.out_features, module.in_features)  # packed over 4 bits
+            if len(shape) > 1:
+                found[_kind(name) if leaf == "weight" else f"{_kind(name)}.{leaf}"] += math.prod(shape)
     return found
 
 
@@ -170,6 +184,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _maps(module: nn.Linear) -> bool:
     """Whether a subclass of Linear gives what Linear does: a router returns scores besides."""
-    with torch.no_grad():
-        made = module(module.weight.new_zeros(1, module.in_features))
+    tried = copy.copy(module)  # on the device without memory: under ZeRO-3 each process has a part of the weights
+    shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    tried._parameters = {  # noqa: SLF001 - torch has no other way to exchange them
+        name: None if held is None else nn.Parameter(torch.empty(shapes[name], device="meta"), requires_grad=False)
+        for name, held in module._parameters.items()  # noqa: SLF001
+    }
+    made = tried(torch.empty(1, module.in_features, device="meta"))
     return isinstance(made, torch.Tensor) and made.shape == (1, module.out_features)

@@ -30,7 +30,8 @@ def dataset(
 
     Raises `errors.DataError` naming file, line and reason of each record that cannot be used.
     """
-    _refuse_leak(train, evaluation)
+    if config.data.leaks == "refuse":
+        _refuse_leak(train, evaluation)
     key = _key(config, base.digest, train, evaluation)
     target = cache.prepared(key)
     keep.enter_context(storage.used(target))

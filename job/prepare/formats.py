@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from job import config
-from job.prepare.turns import BadRecordError, Message, answered, read_tools, trained, turn, whole
+from job.prepare.turns import READ, BadRecordError, Message, answered, read_tools, trained, turn, whole
 
 _NAMES = ", ".join(get_args(config.Data.model_fields["format"].annotation)[1:])
 
@@ -45,8 +45,16 @@ def convert(record: Mapping[str, Any], name: str, input_heading: str) -> Example
 
 
 def ignored(record: Mapping[str, Any], name: str) -> set[str]:
-    """The keys of a record that its format does not use."""
-    return set(record) - _KEYS[name] - _OPTIONAL.get(name, set())
+    """The keys of a record that its format does not use, and those of its turns."""
+    used = _KEYS[name] | _OPTIONAL.get(name, set())
+    inner = {
+        f"{key}[].{each}"
+        for key in used & record.keys()
+        for item in (record[key] if key in _TURNS and isinstance(record[key], list) else ())
+        if isinstance(item, dict)
+        for each in item.keys() - READ
+    }
+    return (set(record) - used) | inner
 
 
 def _instruction(record: Mapping[str, Any], input_heading: str) -> Example:
@@ -118,34 +126,42 @@ def _conversation(turns: Sequence[Mapping[str, Any]], record: Mapping[str, Any])
 
 def _preference(record: Mapping[str, Any], input_heading: str) -> Example:
     """Two answers to what came before, of which the first is preferred."""
-    asked = _asked(record, input_heading)
-    chosen, rejected = (_answer(record, key) for key in ("chosen", "rejected"))
+    asked = _numbered(_asked(record, input_heading))
+    chosen, rejected = (_numbered(_answer(record, key)) for key in ("chosen", "rejected"))
     if len(chosen) > 1 and len(rejected) > 1 and chosen[:-1] == rejected[:-1]:  # the question is told in both
-        if asked and turn(asked[-1], len(asked)) != turn(chosen[-2], len(chosen) - 1):
-            raise BadRecordError("chosen and rejected do not answer the prompt")
-        asked, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+        before, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+        if asked[-len(before) :] != before:
+            if asked and before[-len(asked) :] != asked:
+                raise BadRecordError("chosen and rejected begin with something else than the prompt")
+            asked = before
     if not asked:
         raise BadRecordError("has no prompt, and chosen and rejected do not begin with the same one")
     if chosen == rejected:
         raise BadRecordError("chosen and rejected are the same")
-    before = sum(turn(each, number)["role"] == "assistant" for number, each in enumerate(asked, start=1))
+    earlier = sum(message["role"] == "assistant" for message in asked)
     made = []
     for answers in (chosen, rejected):
         example = _conversation([*asked, *answers], record)
-        count = sum(message["role"] == "assistant" for message in example.messages)
-        made.append(replace(example, trained=(False,) * before + (True,) * (count - before)))
+        later = sum(message["role"] == "assistant" for message in answers)
+        made.append(replace(example, trained=(False,) * earlier + (True,) * later))
     return replace(made[0], rejected=made[1])
 
 
+def _numbered(turns: Sequence[Mapping[str, Any]]) -> list[Message]:
+    return [turn(each, number) for number, each in enumerate(turns, start=1)]
+
+
 def _asked(record: Mapping[str, Any], input_heading: str) -> list[Mapping[str, Any]]:
-    for key in ("prompt", "messages", "conversations"):
-        if isinstance(record.get(key), list):
-            return list(record[key])
-    if record.get("prompt") is not None:
-        return [{"role": "user", "content": _text(record, "prompt")}]
+    prompt = record.get("prompt")
+    if prompt is not None:
+        return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": _text(record, "prompt")}]
     if record.get("instruction") is not None:
         told = _instruction({**record, "output": "-", "system": None, "tools": None}, input_heading)
         return list(told.messages[:-1])
+    for key in ("messages", "conversations"):
+        turns = record.get(key)
+        if isinstance(turns, list) and turns and _numbered(turns)[-1]["role"] != "assistant":  # not one of the answers
+            return list(turns)
     return []
 
 
@@ -169,6 +185,7 @@ def _optional(record: Mapping[str, Any], key: str) -> str:
     return _text(record, key) if record.get(key) is not None else ""
 
 
+_TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 _KEYS = {
     "preference": {"chosen", "rejected"},
     "messages": {"messages"},
@@ -181,7 +198,7 @@ _OPTIONAL = {
     "preference": {"prompt", "messages", "conversations", "instruction", "input", "system", "history", "tools"},
     "messages": {"tools", "system"},
     "conversations": {"tools", "system"},
-    "instruction": {"input", "system", "history"},
+    "instruction": {"input", "system", "history", "tools"},
     "prompt-completion": {"tools", "system"},
 }
 _CONVERT: Mapping[str, Callable[[Mapping[str, Any], str], Example]] = {

@@ -42,7 +42,7 @@ def split(name: str, tally: Tally, files: Sequence[DataFile], data: Data) -> Non
 
 def method(url: str, kind: str, *, pairs: bool) -> None:
     """Raise `errors.DataError` if the format of a file is not what the method of training needs."""
-    if pairs and kind != "preference":
+    if pairs and kind not in ("preference", "unreadable"):
         raise errors.DataError(
             f"{url}: {kind} format, and train.method dpo needs pairs of answers: prompt, chosen and rejected"
         )

@@ -1,7 +1,7 @@
 """One preparation under way: read, convert, render, tokenize, write, choose, and count."""
 
+import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from job.prepare.turns import BadRecordError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 1000  # records tokenized at once
+_BATCH, _CHARACTERS = 1000, 2_000_000  # records tokenized at once, or fewer if they are so long
 _TOKENS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("input_ids", _TOKENS), ("labels", _TOKENS)])
 _PAIRS = pa.schema([*_SCHEMA, ("rejected_input_ids", _TOKENS), ("rejected_labels", _TOKENS)])
@@ -71,9 +71,10 @@ class Preparation:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for number, file in enumerate(files):
                 examples = self._examples(file, tally, kept)
-                while batch := list(itertools.islice(examples, _BATCH)):
+                for batch in _batches(examples):
                     rows = list(self._rows(batch, tally))
-                    writer.write_batch(pa.record_batch(_columns(rows), schema=schema))
+                    if rows:
+                        writer.write_batch(pa.record_batch(_columns(rows), schema=schema))
                     for row in rows:
                         marks.add(row, number)
                     if rows and not self._sample:
@@ -127,19 +128,19 @@ class Preparation:
         judge.method(file.url, name, pairs=self._pairs)
         tally.formats[file.url] = name
         for record in records.read(file.path, file.url):
-            if kept is not None and kept != self._draw(file.sha256, record):
+            example, reason = _converted(record, name, heading)
+            if kept is not None and kept != self._draw(example or f"{file.sha256} {record.place}"):
                 continue
             where = f"{file.url}:{record.place}"
             tally.records += 1
-            try:
-                if record.value is None:
-                    raise BadRecordError(record.reason)  # noqa: TRY301 - one place counts bad records
+            if record.value is not None:
                 tally.ignored_keys.update(sorted(formats.ignored(record.value, name)))
-                yield where, formats.convert(record.value, name, heading)
-            except BadRecordError as e:
-                tally.reject(where, str(e))
-                if self._hopeless(tally):
-                    return
+            if example:
+                yield where, example
+                continue
+            tally.reject(where, reason)
+            if self._hopeless(tally):
+                return
 
     def _format(self, file: DataFile) -> str:
         """What the config says, of this file or all, or what the keys of the first readable record say."""
@@ -164,14 +165,39 @@ class Preparation:
         """Enough has been seen to know that the run will be refused: do not read on."""
         return tally.bad > SHOWN and not self._data.skip_bad_share
 
-    def _draw(self, digest: str, record: Record) -> bool:
-        """Whether a record is for training: a function of the seed and its content, so that equal ones stay together.
+    def _draw(self, content: Example | str) -> bool:
+        """Whether a record is for training: a function of the seed and what it says, so that equal ones stay together.
 
-        Of one that cannot be read, of its file's content and its place.
+        Of one that says nothing, of its file's content and its place.
         """
-        content = f"{digest} {record.place}" if record.value is None else json.dumps(record.value, default=str)
-        drawn = hashlib.sha256(f"{self._seed} {content}".encode("utf-8", "surrogatepass")).digest()
+        told = content if isinstance(content, str) else json.dumps(dataclasses.asdict(content), sort_keys=True)
+        drawn = hashlib.sha256(f"{self._seed} {told}".encode()).digest()
         return int.from_bytes(drawn[:8], "big") / 2**64 >= self._data.eval_fraction
+
+
+def _batches(examples: Iterator[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
+    """The examples in batches that take a bounded memory while they are tokenized."""
+    batch: list[tuple[str, Example]] = []
+    size = 0
+    for where, example in examples:
+        batch.append((where, example))
+        every = [*example.messages, *(example.rejected.messages if example.rejected else ())]
+        size += len(example.text) + sum(len(message["content"]) for message in every)
+        if len(batch) == _BATCH or size > _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _converted(record: Record, name: str, heading: str) -> tuple[Example | None, str]:
+    """What a record says, or why it says nothing."""
+    if record.value is None:
+        return None, record.reason
+    try:
+        return formats.convert(record.value, name, heading), ""
+    except BadRecordError as e:
+        return None, str(e)
 
 
 def _columns(rows: Sequence[Row]) -> list[list[list[int]]]:

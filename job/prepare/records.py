@@ -42,7 +42,7 @@ def read(path: Path, name: str) -> Iterator[Record]:
                 yield from reader(stream)
     except (pa.ArrowException, OSError, csv.Error) as e:
         raise errors.DataError(f"{name}: cannot be read: {e}. Is it complete, and what its name says?") from e
-    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as e:
+    except (ValueError, OverflowError, RecursionError) as e:
         raise errors.DataError(f"{name}: {_located(e)}") from e
 
 
@@ -117,7 +117,7 @@ def _record(place: int, value: object) -> Record:
     return Record(place, None, f"is of type {type(value).__name__}, not an object with keys")
 
 
-def _located(error: ValueError) -> str:
+def _located(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
     if isinstance(error, UnicodeDecodeError):

@@ -20,7 +20,7 @@ class Marks:
     """What is remembered of the examples of one split, in their order."""
 
     def __init__(self) -> None:
-        self._hashes, self._sources = array("Q"), array("H")
+        self._hashes, self._sources = array("Q"), array("I")
 
     def add(self, row: Row, source: int) -> None:
         """Remember an example of the file with the number `source`."""
@@ -37,7 +37,7 @@ class Marks:
     @property
     def sources(self) -> np.ndarray:
         """The numbers of their files."""
-        return np.frombuffer(self._sources, dtype=np.uint16)
+        return np.frombuffer(self._sources, dtype=np.uint32)
 
     def repeated(self) -> np.ndarray:
         """True for each example that is equal to an earlier one."""

@@ -6,17 +6,15 @@ with any chat template that inserts answers as they are, or trimmed. How a templ
 business: in conversations with calls, answers are what stands between the header of their turn and its end.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import TYPE_CHECKING
-
-import jinja2
 
 from job.model.tokenizer import IGNORED
 from job.prepare.formats import Example
-from job.prepare.turns import BadRecordError, Message
+from job.prepare.template import Template
+from job.prepare.turns import BadRecordError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,20 +39,21 @@ class Renderer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, loss_on: str) -> None:
         self._tokenizer, self._max_length, self._loss_on = tokenizer, max_length, loss_on
         self.eos_added = 0  # conversations whose template does not end the last answer
-        self._end_of_turn = _end_of_turn(tokenizer)
-        self._opening, self._header, self._end = self._around_an_answer() if tokenizer.chat_template else ("", "", "")
+        self._template = Template(tokenizer)
 
     def rows(self, examples: Sequence[Example]) -> Iterator[Row | BadRecordError]:
         """A row for each example, in order, or the reason why there is none."""
         single = iter(self._single([each for one in examples for each in (one, one.rejected) if each]))
         for example in examples:
             row = next(single)
-            if example.rejected is None:
-                yield row
-                continue
-            other = next(single)
-            both = [each for each in (row, other) if isinstance(each, BadRecordError)]
-            yield both[0] if both else replace(row, rejected=other, truncated=row.truncated or other.truncated)  # type: ignore[type-var, union-attr]
+            yield row if example.rejected is None else self._pair(row, next(single))
+
+    def _pair(self, row: Row | BadRecordError, other: Row | BadRecordError) -> Row | BadRecordError:
+        if isinstance(row, BadRecordError) or isinstance(other, BadRecordError):
+            return row if isinstance(row, BadRecordError) else other
+        if row.input_ids == other.input_ids:
+            return BadRecordError(f"both answers are the same in the first {self._max_length} tokens")
+        return replace(row, rejected=other, truncated=row.truncated or other.truncated)
 
     def _single(self, examples: Sequence[Example]) -> Iterator[Row | BadRecordError]:
         rendered = [self._try(example) for example in examples]
@@ -66,8 +65,6 @@ class Renderer:
     def _try(self, example: Example) -> tuple[str, Spans] | BadRecordError:
         try:
             return self._conversation(example) if example.messages else self._text(example.text)
-        except jinja2.TemplateError as e:
-            return BadRecordError(f"the chat template refuses it: {e}")
         except BadRecordError as e:
             return e
 
@@ -80,6 +77,8 @@ class Renderer:
 
     def _conversation(self, example: Example) -> tuple[str, Spans]:
         calls = any("tool_calls" in message for message in example.messages)
+        if (calls or example.tools) and not self._template.knows_tools:
+            raise BadRecordError("the chat template has no place for tools and their calls")
         text, spans = (self._with_calls if calls else self._without_calls)(example)
         if self._loss_on == "last":
             if example.trained and not example.trained[-1]:
@@ -94,12 +93,12 @@ class Renderer:
         return text, spans
 
     def _with_calls(self, example: Example) -> tuple[str, Spans]:
-        text, spans, end = self._apply(example), [], 0
+        text, spans, end = self._template.write(example), [], 0
         for number, message in enumerate(example.messages):
             if message["role"] != "assistant":
                 continue
             start = self._start(text, end, example, number)
-            stop = text.find(self._end, start)
+            stop = text.find(self._template.end, start)
             if stop < 0 and number == len(example.messages) - 1:
                 self.eos_added += 1
                 text = text.rstrip() + str(self._tokenizer.eos_token)
@@ -107,7 +106,7 @@ class Renderer:
             elif stop < 0:
                 raise BadRecordError(f"the chat template does not end the answer in turn {number + 1}")
             else:
-                end = stop + len(self._end)
+                end = stop + len(self._template.end)
             spans.append((start, end))
             names = [call["function"]["name"] for call in message.get("tool_calls", ())]
             lost = [part for part in (message["content"].strip(), *names) if part not in text[start:end]]
@@ -117,48 +116,37 @@ class Renderer:
 
     def _start(self, text: str, end: int, example: Example, number: int) -> int:
         """Where the answer that is message `number` begins in `text`, which is not before `end`."""
-        if self._header:
-            found = text.find(self._header, end)
-            start = found + len(self._header) if found >= 0 else -1
+        if self._template.header:
+            found = text.find(self._template.header, end)
+            start = found + len(self._template.header) if found >= 0 else -1
         else:
-            before = self._apply(replace(example, messages=example.messages[:number]))
+            before = self._template.write(replace(example, messages=example.messages[:number]))
             start = len(before) if text.startswith(before) else -1
         if start < 0:
             raise BadRecordError(f"the chat template writes turn {number + 1} in another way when more turns follow")
         return start
 
     def _without_calls(self, example: Example) -> tuple[str, Spans]:
-        text, messages = self._apply(example), example.messages
+        text, messages = self._template.write(example), example.messages
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        pieces = self._around(example, len(answers))
+        pieces = self._template.around(example, len(answers))
         spans: Spans = []
         end = len(pieces[0])
         if not text.startswith(pieces[0]):
             raise BadRecordError("the chat template writes the question in another way when the answer changes")
         for before, answer, after in zip(pieces, answers, pieces[1:], strict=False):
             start, stop = end, end + self._length(text, end, answer, after)
-            opened = before.rfind(self._opening) if self._opening else -1
-            if (
-                opened >= 0
-            ):  # what the template writes between header and answer, such as an empty <think>, is the model's to write
-                start -= len(before) - opened - len(self._opening)
-            ending = self._end_of_turn.match(after)
+            opened = before.rfind(self._template.opening) if self._template.opening else -1
+            if opened >= 0:  # what is written between header and answer, such as an empty <think>, is the model's too
+                start -= len(before) - opened - len(self._template.opening)
+            ending = self._template.end_of_turn.match(after)
             spans.append((start, stop + (ending.end() if ending else 0)))
             end = stop + len(after)
-        if not self._end_of_turn.match(pieces[-1]):
+        if not self._template.end_of_turn.match(pieces[-1]):
             self.eos_added += 1
             text = text[: spans[-1][1]] + str(self._tokenizer.eos_token)
             spans[-1] = (spans[-1][0], len(text))
         return text, spans
-
-    def _around(self, example: Example, count: int) -> list[str]:
-        """What the template writes around the answers: one piece more than there are answers."""
-        marks = iter(f"\ue000{i}\ue001" for i in range(count))
-        marked = [m | {"content": next(marks)} if m["role"] == "assistant" else m for m in example.messages]
-        pieces = re.split("\ue000[0-9]+\ue001", self._apply(replace(example, messages=tuple(marked))))
-        if len(pieces) != count + 1:
-            raise BadRecordError(f"the chat template writes {len(pieces) - 1} of the {count} answers")
-        return pieces
 
     @staticmethod
     def _length(text: str, start: int, answer: str, after: str) -> int:
@@ -169,29 +157,6 @@ class Renderer:
         if found < 0:
             raise BadRecordError("the chat template changes the answer, so that its tokens cannot be found")
         return found - start
-
-    def _apply(self, example: Example, *, open_turn: bool = False) -> str:
-        written = self._tokenizer.apply_chat_template(
-            list(example.messages), tools=list(example.tools) or None, tokenize=False, add_generation_prompt=open_turn
-        )
-        unknown = [tool["function"]["name"] for tool in example.tools if tool["function"]["name"] not in written]
-        if unknown:
-            raise BadRecordError(f"the chat template does not write the tool {unknown[0]!r}: it has no place for tools")
-        return str(written)
-
-    def _around_an_answer(self) -> tuple[str, str, str]:
-        """What asks for an answer, the part of it that stands before every answer, and what ends one."""
-        asked: Message = {"role": "user", "content": "?"}
-        answer: Message = {"role": "assistant", "content": "\ue000"}
-        try:
-            closed, opened = self._apply(Example((asked,))), self._apply(Example((asked,)), open_turn=True)
-            before, _, after = self._apply(Example((asked, answer))).partition(answer["content"])
-        except jinja2.TemplateError:
-            return "", "", str(self._tokenizer.eos_token)
-        opening = opened.removeprefix(closed) if opened.startswith(closed) else ""
-        header = _shared_start(opening, before.removeprefix(closed)) if before.startswith(closed) else ""
-        ending = self._end_of_turn.match(after)
-        return opening, header, ending[0].lstrip() if ending else str(self._tokenizer.eos_token)
 
     def _encode(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
         if not texts:
@@ -221,20 +186,6 @@ def marked(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
     parts = groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     texts = ((trained, str(tokenizer.decode([token for token, _ in group]))) for trained, group in parts)
     return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
-
-
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """What ends an answer: special tokens up to the one that ends generation if it follows at once, else the first."""
-    eos = re.escape(str(tokenizer.eos_token))
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted({eos, *map(re.escape, special)}, key=len, reverse=True)
-    any_special = f"(?:{'|'.join(longest_first)})"
-    return re.compile(rf"\s*(?:{any_special}*?{eos}|{any_special})")
-
-
-def _shared_start(one: str, other: str) -> str:
-    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-    return one[:length]
 
 
 def _overlaps(place: tuple[int, int], spans: Spans) -> bool:

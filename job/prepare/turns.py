@@ -15,6 +15,8 @@ _ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), _CALL),
 }
 _WEIGHTS = ("weight", "train")  # OpenAI's name for it, and axolotl's
+_KEPT = ("name", "tool_call_id", "reasoning_content")
+READ = {"role", "from", "content", "value", "tool_calls", "function_call", *_WEIGHTS, *_KEPT}  # keys of a turn
 
 
 class BadRecordError(Exception):
@@ -29,7 +31,7 @@ def turn(given: Mapping[str, Any], number: int) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRecordError(f"unknown role {role!r} in turn {number} (known: {', '.join(_ROLES)})")
     role = _ROLES[role]
-    calls = given.get("tool_calls")
+    calls = given.get("tool_calls") or given.get("function_call")
     if role == _CALL:
         role, content, calls = "assistant", "", _parsed(content, f"the call in turn {number}")
     if content is None and not calls:
@@ -39,7 +41,7 @@ def turn(given: Mapping[str, Any], number: int) -> Message:
         if role != "assistant":
             raise BadRecordError(f"turn {number} calls tools, and is not the assistant's")
         message["tool_calls"] = [_call(each, number) for each in (calls if isinstance(calls, list) else [calls])]
-    for key in ("name", "tool_call_id", "reasoning_content"):
+    for key in _KEPT:
         if isinstance(given.get(key), str):
             message[key] = whole(given[key])
     return message
@@ -98,7 +100,7 @@ def _either(given: Mapping[str, Any], one: str, other: str) -> object:
 
 def _content(content: object, number: int) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(str(part.get("text") or "") for part in content)
     if content is not None and not isinstance(content, str):
         raise BadRecordError(f"the content of turn {number} is of type {type(content).__name__}, not text")
     return whole(content or "")

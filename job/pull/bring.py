@@ -33,7 +33,10 @@ def preflight(
     """
     sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
     found = [looked.base(config), *(looked.data(source.url) for source in sources)]
-    converts = looked.converts(config, found[0]) and not manifest.sealed(cache.converted(config.model.base))
+    conversions = cache.conversions(found[0].fingerprint)
+    for place in conversions:
+        keep.enter_context(storage.used(place))
+    converts = looked.converts(config, found[0]) and not any(map(manifest.sealed, conversions))
     written = found[0].size * (converts + (config.merge.enabled and not helps))
     keep.enter_context(storage.used(cache.work("")))
     places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
@@ -54,7 +57,7 @@ def base(config: Config, cache: paths.Cache) -> Base:
     """Bring the base model here, verified, and say which one it is."""
     found = looked.base(config)
     path, whole = _here(found, cache.base(found.fingerprint))
-    return Base(config.model.base, path, whole.digest)
+    return Base(config.model.base, path, whole.digest, found.fingerprint)
 
 
 def data(sources: Iterable[Source], cache: paths.Cache) -> list[DataFile]:

@@ -16,6 +16,7 @@ _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$
 _PICKLED = re.compile(r"^pytorch_model.*\.bin$")
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})(\.safetensors|\.bin)$")
 _DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
+_HIDDEN = re.compile(r"(^|/)[._]")  # of editors, and of file systems
 _SHOWN = 8  # names in one line
 
 
@@ -91,11 +92,15 @@ def converts(config: Config, found: Found) -> bool:
         )
     if quantized:
         raise errors.ModelError(
-            f"model.base: {found.source.url} is quantized already ({quantized.get('quant_method', 'in its own way')}), "
+            f"model.base: {found.source.url} is quantized already ({_way(quantized)}), "
             "and such weights can neither be shared out by fsdp or zero3 nor be merged into: use the original ones; "
             "model.quantization makes them small"
         )
     return layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
+
+
+def _way(quantized: object) -> str:
+    return str(quantized.get("quant_method", "in its own way") if isinstance(quantized, dict) else quantized)
 
 
 def _context(told: Mapping[str, Any]) -> int | None:
@@ -154,7 +159,7 @@ def data(url: str) -> Found:
         fitting = re.compile("[^/]*".join(map(re.escape, name.split("*"))))
         entries = [e for e in source.list(start) if fitting.fullmatch(e.key)]
     else:
-        entries = [e for e in source.list() if _DATA.search(e.key)]
+        entries = [e for e in source.list() if _DATA.search(e.key) and not _HIDDEN.search(e.key)]
     if not entries:
         seen = "fits no file" if star else "does not exist" if name else "holds no data files"
         there = _some([e.key for e in source.list() if _DATA.search(e.key)]) if name else ""

@@ -59,7 +59,12 @@ def source(url: str) -> Source:
         return connect(url)
     from job.storage.hub import Hub
 
-    kind, rest = ("dataset", rest.removeprefix("datasets/")) if rest.startswith("datasets/") else ("model", rest)
-    repository, below = "/".join(rest.split("/")[:2]), "/".join(rest.split("/")[2:])
-    name, _, revision = repository.partition("@")
-    return Hub(name, revision, kind, f"{below}/" if below else "")
+    if not rest.startswith("datasets/"):
+        repository, _, revision = rest.partition("@")
+        return Hub(repository, unquote(revision))
+    repository, at, after = rest.removeprefix("datasets/").partition("@")
+    parts = (after if at else repository).split("/")
+    length = 2 if not at else 3 if parts[0] == "refs" else 1  # org/name; refs/pr/1, refs/convert/parquet; a branch
+    first, below = "/".join(parts[:length]), "/".join(parts[length:])
+    name, revision = (repository, first) if at else (first, "")
+    return Hub(name, unquote(revision), "dataset", f"{below}/" if below else "")

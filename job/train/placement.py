@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from job import log
 from job.checkpoint import state as states
-from job.config import Config, Lora
 from job.inputs import Task
 from job.model import lora, weights
 
@@ -24,9 +23,16 @@ def adapted(task: Task) -> PeftModel:
     """The base with the adapter's layers, laid out as the strategy wants it; their values come with `settle`."""
     settings, strategy = task.config, task.team.strategy
     if strategy == "fsdp":
-        return _shared(task)
-    network = weights.for_training(task.base, settings.model, shared=strategy == "zero3")
-    return lora.adapted(network, _shape(settings))
+        made = _shared(task)
+    else:
+        network = weights.for_training(task.base, settings.model, shared=strategy == "zero3")
+        made = lora.adapted(network, settings.lora)
+    if settings.train.method == "dpo":
+        log.event(
+            "train.dropout", "no dropout: train.method dpo compares what the model says with the adapter and without"
+        )
+        lora.without_dropout(made)
+    return made
 
 
 def settle(network: nn.Module, task: Task) -> None:
@@ -53,14 +59,6 @@ def held(network: nn.Module) -> tuple[int, int]:
     return mine, whole
 
 
-def _shape(settings: Config) -> Lora:
-    """The adapter's shape as asked for, but without dropout for pairs: answers are compared with the same weights."""
-    if settings.train.method == "dpo" and settings.lora.dropout:
-        log.event("train.dropout", "lora.dropout is not used: train.method dpo compares answers without it")
-        return settings.lora.model_copy(update={"dropout": 0.0})
-    return settings.lora
-
-
 def _shared(task: Task) -> PeftModel:
     """Share out what is frozen while it is loaded, layer by layer; transformers is told that nobody else has to."""
     settings = task.config
@@ -70,7 +68,7 @@ def _shared(task: Task) -> PeftModel:
         network, pieces = weights.for_training(task.base, settings.model, shared=True), None
     else:
         network, pieces = found
-    adapted = lora.adapted(network, _shape(settings))
+    adapted = lora.adapted(network, settings.lora)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = init_device_mesh(device.type, (task.team.size,))
     policy = CPUOffloadPolicy() if settings.distributed.offload else OffloadPolicy()

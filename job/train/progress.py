@@ -25,6 +25,8 @@ _SHOWN = (
     "eval_mean_token_accuracy",
     "rewards/accuracies",
     "eval_rewards/accuracies",
+    "rewards/margins",
+    "eval_rewards/margins",
     "tokens_per_second",
     "memory_gb",
     "epoch",

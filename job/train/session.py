@@ -90,7 +90,7 @@ def _trainer(
     whole = filled(rows, settings.train.global_batch_size)
     micro = settings.train.micro_batch_size * ranks.size
     pairs = settings.train.method == "dpo"
-    more: dict[str, Any] = {"beta": settings.train.beta, "data_collator": Collator(words.pad_token_id)} if pairs else {}
+    more: dict[str, Any] = {"beta": settings.train.beta, "data_collator": Collator(_padding(words))} if pairs else {}
     trainer = (PairTrainer if pairs else Trainer)(
         saving,
         Cadence(notice, saving, task, ranks, keep_best=keep_best),
@@ -108,6 +108,11 @@ def _trainer(
     trainer.remove_callback(transformers.PrinterCallback)
     placement.settle(trainer.model, task)
     return trainer
+
+
+def _padding(words: "transformers.PreTrainedTokenizerBase") -> int:
+    """What fills up short sequences, which nothing looks at: many tokenizers (Llama's) have no token for it."""
+    return int(words.eos_token_id if words.pad_token_id is None else words.pad_token_id)
 
 
 def _evaluate_first(settings: Config, resumed: Path | None) -> bool:

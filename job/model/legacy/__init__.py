@@ -25,10 +25,12 @@ def recognise(described: Mapping[str, Any], where: str) -> Layout | None:
     if made is None:
         return None
     try:
-        return made(described)
+        layout = made(described)
+        layout.config()
     except KeyError as e:
         raise errors.ModelError(
             f"model.base: {where}/config.json lacks {e.args[0]}, which every {made.NAMES} model has"
         ) from e
-    except ValueError as e:
+    except (ValueError, TypeError, ZeroDivisionError) as e:
         raise errors.ModelError(f"model.base: {where} cannot be converted: {e}") from e
+    return layout

@@ -20,7 +20,11 @@ _SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
 _CHAT = """\
 {{- '[gMASK]<sop>' -}}
 {%- for message in messages -%}
-{{ '<|' + message['role'] + '|>' + (message['metadata'] or '') + '\\n ' + message['content'] }}
+{%- set role = {'tool': 'observation'}.get(message['role'], message['role']) -%}
+{%- if role not in ('system', 'user', 'assistant', 'observation') -%}
+{{ raise_exception('ChatGLM3 has no token for the role ' + role) }}
+{%- endif -%}
+{{ '<|' + role + '|>' + (message['metadata'] or '') + '\\n ' + message['content'] }}
 {%- if loop.last and message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
@@ -113,6 +117,8 @@ class ChatGLM:
         from job.model.legacy import vocabulary
 
         chats = self._chats(folder)
+        if not chats and self._told.get("rope_ratio", 1) != 1:
+            raise ValueError("ChatGLM2 stretches its positions by rope_ratio in a way that GLM does not; use ChatGLM3")
         plain = vocabulary.sentencepiece(folder / self.VOCABULARY)
         special = (*_SPECIAL, *(_ROLES if chats else ()))
         return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

@@ -25,6 +25,9 @@ _CHATML = """\
 {%- if loop.first and message['role'] != 'system' -%}
 {{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif -%}
+{%- if message['role'] not in ('system', 'user', 'assistant') -%}
+{{ raise_exception('Qwen of 2023 does not know the role ' + message['role']) }}
+{%- endif -%}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
