@@ -161,14 +161,14 @@ def test_a_base_that_cannot_be_loaded_is_explained(
         weights.for_training(broken, settings().model)
 
 
-def test_a_base_that_is_quantized_already_is_refused(
+def test_a_base_that_bitsandbytes_quantized_is_refused(
     tiny_model: Path, tmp_path: Path, settings: Callable[..., config.Config]
 ) -> None:
-    """Merging into quantized weights would round twice."""
+    """The original weights are better to train on and to merge into, and are as small while training."""
     packed = tmp_path / "packed"
     weights.for_training(tiny_model, settings(model={"quantization": "nf4"}).model).save_pretrained(packed)
 
-    with pytest.raises(errors.ModelError, match="is quantized already"):
+    with pytest.raises(errors.ModelError, match=r"is quantized already \(bitsandbytes\)"):
         weights.for_training(packed, settings().model)
 
 

@@ -4,9 +4,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from job import config, errors, log
 from job.inputs import Team
+from job.model import prequantized
 
 _USABLE = 0.9  # of a GPU's memory; the rest goes to CUDA itself and to what lies between the tensors
 _BITS = {"nf4": (4.0, 0.5), "fp4": (4.0, 0.5), "int8": (8.0, 0.1), "none": (16.0, 0.0)}
@@ -50,11 +52,17 @@ def choose(settings: config.Config, base: Path, team: Team, memory: int | None) 
     `memory` is that of the smallest GPU in bytes, None on a CPU. Raises `errors.ConfigError` if the frozen base cannot
     be where the strategy wants it.
     """
-    wanted = settings.distributed.strategy
+    scheme = prequantized.recognise(_told(base), str(base))
+    wanted = "ddp" if scheme else settings.distributed.strategy
     if memory is None:
         return "ddp" if wanted == "auto" else wanted
     need = estimate(settings, base)
     alone, shared = need.on_each(1), need.on_each(team.size)
+    if scheme and need.base + need.constants > memory:
+        raise errors.ConfigError(
+            f"the base, which is quantized already ({scheme}), takes {log.size(need.base + need.constants)}, and each "
+            f"GPU of {log.size(memory)} needs all of it: use larger GPUs, or the original weights and strategy fsdp"
+        )
     chosen = wanted
     if wanted == "auto":
         chosen = "ddp" if alone <= memory * _USABLE or team.size == 1 else "fsdp"
@@ -103,7 +111,8 @@ def _refuse(settings: config.Config, chosen: str, team: Team, base: float, memor
 
 def estimate(settings: config.Config, base: Path) -> Need:
     """What training `base` needs, from the shapes that its files name; right within some tenths."""
-    told = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    told = _told(base)
+    scheme = prequantized.recognise(told, str(base))
     text = told.get("text_config", told)
     layers, hidden = int(text.get("num_hidden_layers", 1)), int(text.get("hidden_size", 1))
     wide, words = int(text.get("intermediate_size", 4 * hidden)), int(text.get("vocab_size", 1))
@@ -115,6 +124,11 @@ def estimate(settings: config.Config, base: Path) -> Need:
         count = math.prod(shape)
         if any(part in name for part in _ENDS):
             ends += count * _HALF
+        elif scheme and name.endswith(".qweight"):
+            inside += count * 4
+            trained += settings.lora.r * sum(scheme.unpacked(*shape))
+        elif scheme and name.endswith((".scales", ".qzeros")):
+            constants += count * (_HALF if name.endswith(".scales") else 4)
         elif len(shape) == 2:  # noqa: PLR2004 - a matrix
             inside += count * bits / 8
             constants += count * constant / 8
@@ -126,6 +140,11 @@ def estimate(settings: config.Config, base: Path) -> Need:
     activations = tokens * _HALF * (kept * hidden + _AT_ONCE * max(wide, hidden) + 2 * words)
     adapter = trained * (_TRAINED_BYTES + _OPTIMIZER_BYTES[settings.train.optimizer])
     return Need(inside + ends, constants, inside / layers, ends, adapter, activations)
+
+
+def _told(base: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return told
 
 
 def _shapes(base: Path) -> dict[str, list[int]]:

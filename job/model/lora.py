@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from job import config, errors, log
+from job.model.prequantized.linear import QuantizedLinear
 
 _ATTENTION = ("attn", "attention")
 _WRAPPED = "base_model.model."  # what PEFT adds to a name
+_QUANTIZED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, QuantizedLinear)
 _SHOWN = 8  # names in one line
 _FIRST, _SECOND = ".lora_A.", ".lora_B."  # the factors, in the order in which the inputs meet them
 
@@ -53,6 +55,7 @@ def adapted(network: PreTrainedModel, lora: config.Lora) -> PeftModel:
 def _tell(wrapped: PeftModel, targets: Sequence[str], bare: Counter[str]) -> None:
     """Say which layers get how many parameters, and which weights of the model get none."""
     trainable, total = wrapped.get_nb_trainable_parameters()
+    total += sum(m.in_features * m.out_features for m in wrapped.modules() if isinstance(m, QuantizedLinear))
     layers = Counter(_kind(name) for name in targets)
     parameters: Counter[str] = Counter()
     for name, parameter in wrapped.named_parameters():
@@ -177,7 +180,7 @@ def _matches(name: str, targets: Sequence[str]) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Linear) or isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+    if not isinstance(module, nn.Linear) or isinstance(module, _QUANTIZED):
         return isinstance(module, nn.Linear | Conv1D)
     return type(module) is nn.Linear or _maps(module)
 

@@ -4,6 +4,7 @@ So a model that no GPU could hold whole is shared out while it is loaded. Every 
 the page cache that they share, and no process holds more than a layer that it does not keep.
 """
 
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +28,11 @@ class Pieces:
         for path in sorted(base.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 self._files |= dict.fromkeys(file.keys(), path)
+
+    @property
+    def names(self) -> AbstractSet[str]:
+        """Of all tensors in the files."""
+        return self._files.keys()
 
     def fit(self, network: nn.Module) -> bool:
         """Whether every weight of `network` is there under its own name; tied ones may lack.
@@ -54,19 +60,30 @@ class Pieces:
             owner, _, leaf = name.rpartition(".")
             holder, key = module.get_submodule(owner), _plain(f"{prefix}.{name}" if prefix else name)
             kept = key in self._files and leaf not in holder._non_persistent_buffers_set  # noqa: SLF001 - torch tells nowhere else
-            setattr(holder, leaf, (self._read(key).to(buffer.dtype) if kept else buffer).to(self._device))
+            setattr(holder, leaf, (self.read(key).to(buffer.dtype) if kept else buffer).to(self._device))
 
     def _loaded(self, outline: nn.Parameter, key: str) -> nn.Parameter:
-        value = self._read(key).to(self._dtype)
+        value = self.read(key).to(self._dtype)
         if isinstance(outline, bnb.nn.Params4bit):
             made = bnb.nn.Params4bit(value, requires_grad=False, **outline.__dict__)
             return cast("nn.Parameter", made.to(self._device))  # which quantizes it
         return nn.Parameter(value.to(self._device), requires_grad=False)
 
-    def _read(self, key: str) -> torch.Tensor:
+    def read(self, key: str) -> torch.Tensor:
+        """The tensor of that name, in host memory."""
         with safe_open(self._files[key], "pt") as file:
             value: torch.Tensor = file.get_tensor(key)
         return value
+
+    def same(self, key: str, other: str) -> bool:
+        """Whether two tensors are equal, if both are there."""
+        return other not in self._files or torch.equal(self.read(key), self.read(other))
+
+    def blank(self, key: str) -> torch.Tensor:
+        """Its shape and number format, without memory."""
+        with safe_open(self._files[key], "pt") as file:
+            part = file.get_slice(key)
+            return torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
 
 
 def outline(

@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from job import config, errors
-from job.model import pieces
+from job import config, errors, log
+from job.model import pieces, prequantized
 from job.model.pieces import Pieces
+from job.model.prequantized import Scheme, linear
 
 # What transformers raises for a model that it cannot load.
 _UNUSABLE = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)
@@ -29,14 +30,21 @@ def compute_dtype(wanted: str) -> torch.dtype:
 def for_training(base: Path, settings: config.Model, *, shared: bool = False) -> PreTrainedModel:
     """Load the model at `base` as `settings` ask: quantized, on this process's GPU (or the CPU).
 
-    Quantized weights that are to be `shared` among processes are stored as numbers of the compute dtype, which torch
-    and DeepSpeed can cut in pieces.
+    One that comes quantized stays as it is. Quantized weights that are to be `shared` among processes are stored as
+    numbers of the compute dtype, which torch and DeepSpeed can cut in pieces.
 
     Raises `errors.ModelError` if transformers cannot load it.
     """
     dtype = compute_dtype(settings.compute_dtype)
+    described, scheme = _described(base, settings)
+    if scheme:
+        log.event(
+            "model.prequantized",
+            f"the base is quantized already ({scheme}) and stays so, whatever model.quantization says",
+        )
+        return _prequantized(base, described, scheme, settings, dtype, torch.device(_device()))
     loaded = _load(
-        base, settings, dtype=dtype, quantization_config=_quantization(settings, dtype, shared=shared),
+        base, described, settings, dtype=dtype, quantization_config=_quantization(settings, dtype, shared=shared),
         device_map=None if is_deepspeed_zero3_enabled() else {"": _device()},  # type: ignore[no-untyped-call]
     )  # fmt: skip
     _keep_differentiable(loaded)
@@ -46,7 +54,7 @@ def for_training(base: Path, settings: config.Model, *, shared: bool = False) ->
 def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces] | None:
     """The same without its weights, and where they are, to be shared out; None if transformers must load it whole."""
     dtype = compute_dtype(settings.compute_dtype)
-    described = _described(base, settings)
+    described, _ = _described(base, settings)
     files = Pieces(base, torch.device(_device()), dtype)
     how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
     found = pieces.outline(described, dtype, _quantization(settings, dtype, shared=True), **how)
@@ -58,17 +66,26 @@ def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces
 
 
 def for_merging(base: Path, settings: config.Model, dtype: str) -> PreTrainedModel:
-    """Load the original weights at `base` on the CPU in `dtype`. Raises `errors.ModelError` as above."""
-    return _load(base, settings, dtype=getattr(torch, dtype), quantization_config=None, device_map="cpu")
+    """Load the original weights at `base` on the CPU in `dtype`, unpacked if they come quantized.
+
+    Raises `errors.ModelError` as above.
+    """
+    number = getattr(torch, dtype)
+    described, scheme = _described(base, settings)
+    if scheme is None:
+        return _load(base, described, settings, dtype=number, quantization_config=None, device_map="cpu")
+    loaded = _prequantized(base, described, scheme, settings, number, torch.device("cpu"))
+    linear.unpack(loaded)
+    return loaded
 
 
-def _load(base: Path, settings: config.Model, **how: Any) -> PreTrainedModel:  # noqa: ANN401 - the border to transformers
+def _load(base: Path, described: PretrainedConfig, settings: config.Model, **how: Any) -> PreTrainedModel:  # noqa: ANN401 - the border to transformers
     loaded: PreTrainedModel
     told: dict[str, Any]
     try:
         loaded, told = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
             base,
-            config=_described(base, settings),
+            config=described,
             attn_implementation=_attention(settings),
             use_safetensors=True,
             local_files_only=True,
@@ -86,15 +103,51 @@ def _load(base: Path, settings: config.Model, **how: Any) -> PreTrainedModel:  #
     return loaded
 
 
-def _described(base: Path, settings: config.Model) -> PretrainedConfig:
+def _prequantized(
+    base: Path, described: PretrainedConfig, scheme: Scheme, settings: config.Model, dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:  # fmt: skip
+    how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
+    try:
+        files = Pieces(base, device, dtype)
+        network = pieces.outline(described, dtype, None, **how)
+        linear.replace(network, scheme, files, dtype)
+        odd = _odd(network, files)
+    except _UNUSABLE as e:
+        raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
+    if odd:
+        raise errors.ModelError(
+            f"model.base: the files in {base} ({scheme}) do not fit the model that its config.json tells of: "
+            f"{len(odd)} weights lack or have no place in it, the first is {odd[0]}: use the original weights"
+        )
+    files.fill(network, "")
+    network.tie_weights()
+    linear.settle(network)
+    return network
+
+
+def _odd(network: PreTrainedModel, files: Pieces) -> list[str]:
+    """Names of weights that the files lack, that have no place in the network, or that are not tied after all."""
+    tied: dict[str, str] = network.all_tied_weights_keys
+    wanted = network.state_dict().keys()
+    return [
+        *sorted(wanted - files.names - tied.keys()),
+        *sorted(name for name in files.names - wanted if not name.endswith((".bias", ".inv_freq"))),
+        *(name for name, other in tied.items() if name in files.names and not files.same(name, other)),
+    ]
+
+
+def _described(base: Path, settings: config.Model) -> tuple[PretrainedConfig, Scheme | None]:
+    """What its config.json says, without how it comes quantized, and that."""
     how = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
     try:
         described = AutoConfig.from_pretrained(base, **how)
     except _UNUSABLE as e:
         raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
-    if getattr(described, "quantization_config", None):
-        raise errors.ModelError(f"model.base: the model in {base} is quantized already: use the original weights")
-    return cast("PretrainedConfig", described)
+    scheme = prequantized.recognise(vars(described), str(base))
+    if scheme:
+        del described.quantization_config
+    return cast("PretrainedConfig", described), scheme
 
 
 def _attention(settings: config.Model) -> str | None:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from job import errors, log, manifest, paths, storage
 from job.config import Config
-from job.model import legacy
+from job.model import legacy, prequantized
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
@@ -79,9 +79,8 @@ def converts(config: Config, found: Found) -> bool:
     """
     entry = next(e for e in found.entries if e.key == "config.json")
     try:
-        told = json.loads(storage.read_range(found.source, entry, 0, entry.size))
-        quantized = told.get("quantization_config")
-    except (ValueError, AttributeError) as e:
+        told = dict(json.loads(storage.read_range(found.source, entry, 0, entry.size)))
+    except (ValueError, TypeError) as e:
         raise errors.ModelError(f"model.base: {found.source.url}/config.json cannot be read ({e})") from e
     layout = legacy.recognise(told, found.source.url)
     context = layout.context if layout else _context(told)
@@ -90,17 +89,18 @@ def converts(config: Config, found: Found) -> bool:
             f"data.max_length {config.data.max_length} is more than the {context} tokens that {found.source.url} was "
             "made for (in its config.json): lower it"
         )
-    if quantized:
+    scheme = prequantized.recognise(told, found.source.url)
+    if scheme and layout:
         raise errors.ModelError(
-            f"model.base: {found.source.url} is quantized already ({_way(quantized)}), "
-            "and such weights can neither be shared out by fsdp or zero3 nor be merged into: use the original ones; "
-            "model.quantization makes them small"
+            f"model.base: {found.source.url} is a {layout.NAMES} model that is quantized already ({scheme}), which the "
+            "job does not convert: use the original weights"
+        )
+    if scheme and config.distributed.strategy not in ("auto", "ddp"):
+        raise errors.ConfigError(
+            f"distributed.strategy {config.distributed.strategy} cannot share out a base that is quantized already "
+            f"({found.source.url}: {scheme}): use ddp, or the original weights"
         )
     return layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
-
-
-def _way(quantized: object) -> str:
-    return str(quantized.get("quant_method", "in its own way") if isinstance(quantized, dict) else quantized)
 
 
 def _context(told: Mapping[str, Any]) -> int | None:
