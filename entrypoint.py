@@ -131,11 +131,12 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
     from job import checkpoint, cluster, launch, paths, publish, pull
 
     config, machine, store, cache, peers = here.machine.config, here.machine, here.store, here.cache, here.peers
-    files = pull.data(config.data.sources("train"), cache), pull.data(config.data.sources("eval"), cache)
+    files = pull.data(config.data.sources("train"), cache, base, config.data.images)
+    held_out = pull.data(config.data.sources("eval"), cache, base, config.data.images)
     log.phase("prepare")
     from job import prepare
 
-    data = prepare.dataset(config, base, *files, cache, machine.after)
+    data = prepare.dataset(config, base, files, held_out, cache, machine.after)
     log.phase("load")
     gpus = cluster.gpus(machine.environ)
     strategy = launch.choose(config, base.path, here.team, cluster.memory(gpus))

@@ -119,7 +119,7 @@ def loss(model: Path, held_out: Path) -> float:
 def table(sizes: Mapping[str, Size], rounds: Sequence[Mapping[str, Losses]]) -> list[str]:
     """One line for each way; in brackets the lowest and the highest of the rounds."""
     plain = sizes["none"].bytes
-    columns = "model.quantization", "base", "of bfloat16", "bits per linear weight", "before", "after"
+    columns = "model.quantization", "base in memory", "of bfloat16", "bits per linear weight", "before", "after"
     columns += "after, less that of none", "merged"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, counted in sizes.items():

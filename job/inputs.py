@@ -25,6 +25,15 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Images:
+    """The folder of images that records name by their paths in it."""
+
+    url: str
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True)
 class DataFile:
     """A data file as its owner wrote it."""
 
@@ -35,6 +44,8 @@ class DataFile:
     """How often each of its records is trained on in an epoch."""
     format: str | None = None
     """What the config says of this file alone."""
+    images: Images | None = None
+    """Where those that its records name lie, if the base sees images and there are any."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from job import config as configs
 from job import errors, log, manifest, paths
 from job.config import Config
 from job.inputs import Base
-from job.model import tokenizer, weights
+from job.model import tokenizer, vision, weights
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -47,6 +47,7 @@ def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Pat
     _repair_sampling(network)
     network.save_pretrained(partial, max_shard_size=config.merge.max_shard_size)
     tokenizer.load(adapter, "chat", trust_remote_code=config.model.trust_remote_code).save_pretrained(partial)
+    vision.copy(adapter, partial)
     told = {**facts, "adapter": manifest.of(adapter).digest}
     (partial / paths.TRAINING).write_text(json.dumps(told, indent=1), encoding="utf-8")
     whole = manifest.seal(partial)

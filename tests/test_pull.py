@@ -41,7 +41,7 @@ def cache(tmp_path: Path) -> paths.Cache:
         (lambda b: (b / "config.json").unlink(), "has no config.json"),
         (lambda b: (b / "config.json").write_text("{}}"), "config.json cannot be read"),
         (lambda b: (b / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}'),
-         "is quantized already (gptq), and such weights can neither be shared out by fsdp or zero3"),
+         "is quantized by gptq with None bits, where 2, 4, 8 can be read: use the original weights"),
         (shutil.rmtree, "holds no files"),
     ],
 )  # fmt: skip

@@ -46,6 +46,10 @@ class Data(Section):
     """Hold out this share of the training records instead of naming eval files."""
     format: Format = "auto"
     """auto: recognised for each file by the keys of its first record."""
+    images: str | None = None
+    """The folder of the images that records name by their paths in it; by default that of each data file."""
+    max_pixels: Annotated[int, Field(ge=256)] | None = None
+    """Larger images are made smaller, to so many pixels, before the model's own processor sees them."""
     template: Literal["auto", "chat", "instruction-en", "instruction-zh"] = "auto"
     """auto: the model's own chat template if it has one, else instruction-en."""
     max_length: Annotated[int, Field(ge=8)] = 1024
@@ -73,6 +77,13 @@ class Data(Section):
             if isinstance(each, str):
                 Source.sound(each)
         return given
+
+    @field_validator("images")
+    @classmethod
+    def _is_folder(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("s3://", "file:///", _HUB)):
+            raise ValueError(f"must be s3://bucket/prefix, file:///absolute/path, {_HUB}org/name@revision or a path")
+        return None if url is None else urls.sound(url).rstrip("/")
 
     @model_validator(mode="after")
     def _one_eval(self) -> Self:

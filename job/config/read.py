@@ -138,6 +138,8 @@ def _absolute(tree: Tree) -> Tree:
             paths = data.get(split)
             if isinstance(paths, list):
                 data[split] = [_source(each) for each in paths]
+        if isinstance(data.get("images"), str):
+            data["images"] = _url(data["images"])
     for section, key in (("run", "url"), ("model", "base")):
         values = tree.get(section)
         if (

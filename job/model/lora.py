@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from job import config, errors, log
+from job.model import parts
 from job.model.prequantized.linear import QuantizedLinear
 
 _ATTENTION = ("attn", "attention")
@@ -31,7 +32,7 @@ def adapted(network: PreTrainedModel, lora: config.Lora) -> PeftModel:
     Raises `errors.ModelError` if the targets match no layer, one of the given names does not, or PEFT refuses them.
     """
     targets = _targets(network, lora.targets)
-    bare = _bare(network, targets) if lora.targets in ("auto", "all-linear") else Counter()
+    bare = _bare(network, targets, lora.targets) if lora.targets in ("auto", "all-linear") else Counter()
     shape = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
         use_rslora=lora.rslora, use_dora=lora.dora, bias="none", task_type="CAUSAL_LM",
@@ -113,15 +114,22 @@ def in_float32(network: nn.Module) -> None:
 
 
 def _targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]:
-    linear = _linear(network)
+    linear, misread = _linear(network)
+    inside = [name for name in linear if name.startswith(parts.language(network))]
     if isinstance(wanted, str):
-        chosen = [name for name in linear if wanted != "attention" or any(part in name for part in _ATTENTION)]
+        among = linear if wanted == "all-linear" else inside
+        chosen = [name for name in among if wanted != "attention" or any(part in name for part in _ATTENTION)]
         lacking = [] if chosen else [wanted]
     else:
-        chosen = [name for name in linear if _matches(name, wanted)]
-        lacking = [target for target in wanted if not any(_matches(name, [target]) for name in linear)]
+        chosen = [name for name in linear if name in wanted or (name in inside and _matches(name, wanted))]
+        lacking = [target for target in wanted if not any(_matches(name, [target]) for name in chosen)]
+    if strange := misread.intersection(map(_kind, lacking)):
+        raise errors.ModelError(
+            f"lora.targets: PEFT takes layers called {', '.join(sorted(strange))} for others in this model, and would "
+            "put their adapter elsewhere: name other layers"
+        )
     if lacking:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+        there = ", ".join(sorted({_kind(name) for name in inside})) or "none"
         raise errors.ModelError(
             f"lora.targets: {', '.join(lacking)} match{'es' if len(lacking) == 1 else ''} no linear layer "
             f"of the model; it has: {there}"
@@ -129,12 +137,12 @@ def _targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]
     return chosen
 
 
-def _linear(network: PreTrainedModel) -> list[str]:
-    """The names of all linear layers but the head, and of those that PEFT takes for something else."""
+def _linear(network: PreTrainedModel) -> tuple[list[str], set[str]]:
+    """The names of all linear layers but the head, and the kinds left out, which PEFT takes for something else."""
     head = network.get_output_embeddings()  # type: ignore[no-untyped-call]
     names = [name for name, module in network.named_modules() if _is_linear(module) and module is not head]
     misread = {kind for kind in {_kind(name) for name in names} if _misread(network, kind)}
-    return [name for name in names if _kind(name) not in misread]
+    return [name for name in names if _kind(name) not in misread], misread
 
 
 def _misread(network: PreTrainedModel, kind: str) -> bool:
@@ -152,11 +160,14 @@ def _misread(network: PreTrainedModel, kind: str) -> bool:
     return kind not in (probe.target_modules or ())
 
 
-def _bare(network: PreTrainedModel, targets: Sequence[str]) -> Counter[str]:
+def _bare(network: PreTrainedModel, targets: Sequence[str], wanted: object) -> Counter[str]:
     """How many weights the layers hold, by kind, that get no adapter: matrices outside of `targets` and embeddings."""
     head, found, chosen = network.get_output_embeddings(), Counter[str](), set(targets)  # type: ignore[no-untyped-call]
+    inside = parts.language(network)
     for name, module in network.named_modules():
         if name in chosen or module is head or isinstance(module, nn.Embedding):
+            continue
+        if wanted == "auto" and not name.startswith(inside):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed keeps a part, and what it is of

@@ -6,15 +6,23 @@ the page cache that they share, and no process holds more than a layer that it d
 
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)  # fmt: skip
 from transformers.quantizers.auto import AutoHfQuantizer
+
+from job.model import parts
 
 _WRAPPED = ("base_model.model.", ".base_layer")  # what PEFT adds to a name
 
@@ -86,12 +94,17 @@ class Pieces:
             return torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
 
 
+def kind(described: PretrainedConfig) -> Any:  # noqa: ANN401 - transformers' classes that choose a class have no base
+    """How transformers calls models of that kind: those that see images are not among those that do not."""
+    return AutoModelForImageTextToText if parts.sees(described) else AutoModelForCausalLM
+
+
 def outline(
     described: PretrainedConfig, dtype: torch.dtype, quantization: BitsAndBytesConfig | None, **how: object
 ) -> PreTrainedModel:
     """The modules of the model that `described` is the config of, quantized where they will be, without weights."""
     with init_empty_weights(include_buffers=False):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(described, dtype=dtype, **how)  # type: ignore[no-untyped-call]
+        network: PreTrainedModel = kind(described).from_config(described, dtype=dtype, **how)
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model=network, device_map=None)

@@ -6,11 +6,11 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from job import config, errors, log
-from job.model import pieces, prequantized
+from job.model import parts, pieces, prequantized
 from job.model.pieces import Pieces
 from job.model.prequantized import Scheme, linear
 
@@ -43,8 +43,9 @@ def for_training(base: Path, settings: config.Model, *, shared: bool = False) ->
             f"the base is quantized already ({scheme}) and stays so, whatever model.quantization says",
         )
         return _prequantized(base, described, scheme, settings, dtype, torch.device(_device()))
+    quantized = _quantization(settings, described, dtype, shared=shared)
     loaded = _load(
-        base, described, settings, dtype=dtype, quantization_config=_quantization(settings, dtype, shared=shared),
+        base, described, settings, dtype=dtype, quantization_config=quantized,
         device_map=None if is_deepspeed_zero3_enabled() else {"": _device()},  # type: ignore[no-untyped-call]
     )  # fmt: skip
     _keep_differentiable(loaded)
@@ -57,7 +58,7 @@ def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces
     described, _ = _described(base, settings)
     files = Pieces(base, torch.device(_device()), dtype)
     how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
-    found = pieces.outline(described, dtype, _quantization(settings, dtype, shared=True), **how)
+    found = pieces.outline(described, dtype, _quantization(settings, described, dtype, shared=True), **how)
     kept_apart = found._keep_in_fp32_modules or found._keep_in_fp32_modules_strict  # noqa: SLF001 - transformers' names
     if kept_apart or not files.fit(found):
         return None
@@ -83,7 +84,7 @@ def _load(base: Path, described: PretrainedConfig, settings: config.Model, **how
     loaded: PreTrainedModel
     told: dict[str, Any]
     try:
-        loaded, told = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
+        loaded, told = pieces.kind(described).from_pretrained(
             base,
             config=described,
             attn_implementation=_attention(settings),
@@ -169,7 +170,9 @@ def _device() -> int | str:
     return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
 
 
-def _quantization(settings: config.Model, dtype: torch.dtype, *, shared: bool) -> BitsAndBytesConfig | None:
+def _quantization(
+    settings: config.Model, described: PretrainedConfig, dtype: torch.dtype, *, shared: bool
+) -> BitsAndBytesConfig | None:
     if settings.quantization == "none":
         return None
     how: dict[str, Any] = {"load_in_8bit": True}
@@ -181,4 +184,6 @@ def _quantization(settings: config.Model, dtype: torch.dtype, *, shared: bool) -
             "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_quant_storage": dtype if shared else torch.uint8,
         }
+    if parts.sees(described):  # what sees is small, and loses most by it
+        how["llm_int8_skip_modules"] = parts.others(pieces.outline(described, dtype, None))
     return BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]

@@ -11,11 +11,12 @@ from job import errors, log, manifest, paths, storage
 from job.config import Config
 from job.inputs import Base, DataFile, Prepared
 from job.manifest import Manifest
-from job.model import tokenizer
+from job.model import tokenizer, vision
 from job.prepare.preparation import Preparation
 
 _WORDS = Path(tokenizer.__file__)
-_SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), _WORDS, *sorted(_WORDS.parent.glob("legacy/*.py")))
+_MODEL = (_WORDS, Path(vision.__file__), *sorted(_WORDS.parent.glob("legacy/*.py")))
+_SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), *_MODEL)
 
 
 def dataset(
@@ -44,7 +45,9 @@ def dataset(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         words = tokenizer.load(base.path, config.data.template, trust_remote_code=config.model.trust_remote_code)
-        Preparation(config, words, partial).run(train, evaluation)
+        sees = vision.sees(json.loads((base.path / "config.json").read_text(encoding="utf-8")))
+        eyes = vision.Vision(base.path, words, config.data.max_pixels) if sees else None
+        Preparation(config, words, partial, eyes).run(train, evaluation)
         whole = manifest.seal(partial)
         place.fill(partial)
     log.event(
@@ -69,14 +72,14 @@ def _refuse_leak(train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> N
 def _key(config: Config, base_digest: str, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> str:
     """What the result depends on: the files, the settings, the tokenizer, and the code that reads them."""
     parts = {
-        "train": [(f.url, f.sha256, f.weight, f.format) for f in train],
-        "eval": [(f.url, f.sha256, f.format) for f in evaluation],
+        "train": [(f.url, f.sha256, f.weight, f.format, f.images and f.images.digest) for f in train],
+        "eval": [(f.url, f.sha256, f.format, f.images and f.images.digest) for f in evaluation],
         "settings": config.data.model_dump(mode="json", exclude={"train", "eval"}),
         "seed": config.run.seed,
         "method": config.train.method,
         "base": base_digest,
         "code": [manifest.sha256(path) for path in _SOURCES]
-        + [importlib.metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets")],
+        + [importlib.metadata.version(p) for p in ("transformers", "tokenizers", "trl", "datasets", "pillow")],
     }
     return paths.digest(json.dumps(parts, sort_keys=True))
 

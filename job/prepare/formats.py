@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from job import config
-from job.prepare.turns import READ, BadRecordError, Message, answered, read_tools, trained, turn, whole
+from job.prepare.turns import IMAGE, READ, BadRecordError, Message, answered, image, read_tools, trained, turn, whole
 
 _NAMES = ", ".join(get_args(config.Data.model_fields["format"].annotation)[1:])
 
@@ -15,10 +15,13 @@ class Example:
     """What a record says: a conversation, with the tools that its assistant has, or text that is trained as it is."""
 
     messages: tuple[Message, ...] = ()
+    """In which IMAGE stands for an image."""
     text: str = ""
     tools: tuple[dict[str, Any], ...] = ()
     trained: tuple[bool, ...] = ()
     """Whether each answer is to be learned, in their order, where the record says so."""
+    images: tuple[str | bytes, ...] = ()
+    """In the order of their places: where they lie, or what they are."""
     rejected: "Example | None" = None
     """The same conversation with the answer that is not preferred, if it is about two of them."""
 
@@ -115,13 +118,46 @@ def _plain_text(record: Mapping[str, Any], _heading: str) -> Example:
 def _conversation(turns: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Example:
     messages = [turn(each, number) for number, each in enumerate(turns, start=1)]
     answered(messages)
+    images = _placed(messages, record)
     system = _optional(record, "system")
     if system.strip():
         if messages and messages[0]["role"] == "system":
             raise BadRecordError("has a system message twice: as the first turn, and as system")
         messages.insert(0, {"role": "system", "content": system})
     tools = read_tools(record["tools"]) if record.get("tools") else ()
-    return Example(messages=tuple(messages), tools=tools, trained=trained(turns))
+    return Example(messages=tuple(messages), tools=tools, trained=trained(turns), images=images)
+
+
+def _placed(messages: Sequence[Message], record: Mapping[str, Any]) -> tuple[str | bytes, ...]:
+    """The images of a conversation, each with its sign in the `messages`, which lose everything else about them.
+
+    A record may name them in its turns, or besides: then they belong where the turns have parts without a name, or the
+    word <image>, or else before the first question.
+    """
+    given = record.get("images") if record.get("images") is not None else record.get("image")
+    named = [made for each in (given if isinstance(given, list) else [given]) if (made := image(each))]
+    if any("images" in message and message["role"] == "assistant" for message in messages):
+        raise BadRecordError("an answer holds an image, and answers are text")
+    found = [each for message in messages for each in message.pop("images", ())]
+    if named and not found:
+        asked = [message for message in messages if message["role"] == "user"]
+        words = sum(message["content"].count(_WORD) for message in asked)
+        for message in asked if words else ():
+            message["content"] = message["content"].replace(_WORD, IMAGE)
+        if not words and asked:
+            asked[0]["content"] = IMAGE * len(named) + asked[0]["content"]
+        found = [None] * (words or len(named))
+    free = found.count(None)
+    if free != len(named):
+        raise BadRecordError(f"names {len(named)} images besides its turns, and has {free} places for them")
+    besides = iter(named)
+    placed = [next(besides) if each is None else each for each in found]
+    whole = tuple(each for each in placed if each)
+    if len(whole) < len(placed):
+        raise BadRecordError("an image of its turns is empty")
+    if sum(message["content"].count(IMAGE) for message in messages) != len(whole):
+        raise BadRecordError("holds U+FDD0, which is no character")
+    return whole
 
 
 def _preference(record: Mapping[str, Any], input_heading: str) -> Example:
@@ -136,6 +172,8 @@ def _preference(record: Mapping[str, Any], input_heading: str) -> Example:
             asked = before
     if not asked:
         raise BadRecordError("has no prompt, and chosen and rejected do not begin with the same one")
+    if any("images" in message for message in (*asked, *chosen, *rejected)) or record.get("images"):
+        raise BadRecordError("has images, and pairs of answers are compared on text only")
     if chosen == rejected:
         raise BadRecordError("chosen and rejected are the same")
     earlier = sum(message["role"] == "assistant" for message in asked)
@@ -185,6 +223,8 @@ def _optional(record: Mapping[str, Any], key: str) -> str:
     return _text(record, key) if record.get(key) is not None else ""
 
 
+_SEEN = ("image", "images")
+_WORD = "<image>"  # as LLaVA and its relatives write it
 _TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 _KEYS = {
     "preference": {"chosen", "rejected"},
@@ -196,10 +236,10 @@ _KEYS = {
 }
 _OPTIONAL = {
     "preference": {"prompt", "messages", "conversations", "instruction", "input", "system", "history", "tools"},
-    "messages": {"tools", "system"},
-    "conversations": {"tools", "system"},
-    "instruction": {"input", "system", "history", "tools"},
-    "prompt-completion": {"tools", "system"},
+    "messages": {"tools", "system", *_SEEN},
+    "conversations": {"tools", "system", *_SEEN},
+    "instruction": {"input", "system", "history", "tools", *_SEEN},
+    "prompt-completion": {"tools", "system", *_SEEN},
 }
 _CONVERT: Mapping[str, Callable[[Mapping[str, Any], str], Example]] = {
     "messages": _turns("messages"),

@@ -14,7 +14,8 @@ from job import errors, log
 from job.config import Config
 from job.inputs import DataFile
 from job.model import tokenizer
-from job.prepare import formats, judge, records, select
+from job.model.vision import Vision
+from job.prepare import formats, judge, pictures, records, select
 from job.prepare.formats import Example
 from job.prepare.records import Record
 from job.prepare.tally import SHOWN, Tally
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _BATCH, _CHARACTERS = 1000, 2_000_000  # records tokenized at once, or fewer if they are so long
 _TOKENS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("input_ids", _TOKENS), ("labels", _TOKENS)])
+_SEEN = pa.schema([*_SCHEMA, ("text", pa.string()), ("pictures", pa.list_(pa.large_binary()))])
 _PAIRS = pa.schema([*_SCHEMA, ("rejected_input_ids", _TOKENS), ("rejected_labels", _TOKENS)])
 _PART = 600  # characters of an example in a message
 
@@ -34,10 +36,13 @@ _PART = 600  # characters of an example in a message
 class Preparation:
     """Writes ``train.arrow``, perhaps ``eval.arrow``, ``data.json`` and ``sample.txt`` into `target`."""
 
-    def __init__(self, config: Config, words: "PreTrainedTokenizerBase", target: Path) -> None:
+    def __init__(
+        self, config: Config, words: "PreTrainedTokenizerBase", target: Path, vision: Vision | None = None
+    ) -> None:
         self._data, self._seed, self._words, self._target = config.data, config.run.seed, words, target
         self._pairs = config.train.method == "dpo"
-        self._renderer = Renderer(words, config.data.max_length, config.data.loss_on)
+        self._schema = _SEEN if vision else _PAIRS if self._pairs else _SCHEMA
+        self._renderer = Renderer(words, config.data.max_length, config.data.loss_on, vision)
         self._sample = ""
 
     def run(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
@@ -67,14 +72,14 @@ class Preparation:
     def _split(self, split: str, files: Sequence[DataFile], *, kept: bool | None = None) -> tuple[Tally, select.Marks]:
         """Write one split; with an eval fraction, the records whose draw is `kept`, or not, for training."""
         tally, marks = Tally(), select.Marks()
-        path, schema = self._target / f"{split}.arrow", _PAIRS if self._pairs else _SCHEMA
+        path, schema = self._target / f"{split}.arrow", self._schema
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for number, file in enumerate(files):
                 examples = self._examples(file, tally, kept)
                 for batch in _batches(examples):
                     rows = list(self._rows(batch, tally))
                     if rows:
-                        writer.write_batch(pa.record_batch(_columns(rows), schema=schema))
+                        writer.write_batch(pa.record_batch(_columns(rows, schema), schema=schema))
                     for row in rows:
                         marks.add(row, number)
                     if rows and not self._sample:
@@ -128,7 +133,7 @@ class Preparation:
         judge.method(file.url, name, pairs=self._pairs)
         tally.formats[file.url] = name
         for record in records.read(file.path, file.url):
-            example, reason = _converted(record, name, heading)
+            example, reason = _converted(record, name, heading, file)
             if kept is not None and kept != self._draw(example or f"{file.sha256} {record.place}"):
                 continue
             where = f"{file.url}:{record.place}"
@@ -170,7 +175,7 @@ class Preparation:
 
         Of one that says nothing, of its file's content and its place.
         """
-        told = content if isinstance(content, str) else json.dumps(dataclasses.asdict(content), sort_keys=True)
+        told = content if isinstance(content, str) else _told(content)
         drawn = hashlib.sha256(f"{self._seed} {told}".encode()).digest()
         return int.from_bytes(drawn[:8], "big") / 2**64 >= self._data.eval_fraction
 
@@ -183,6 +188,7 @@ def _batches(examples: Iterator[tuple[str, Example]]) -> Iterator[list[tuple[str
         batch.append((where, example))
         every = [*example.messages, *(example.rejected.messages if example.rejected else ())]
         size += len(example.text) + sum(len(message["content"]) for message in every)
+        size += sum(len(image) for image in example.images)
         if len(batch) == _BATCH or size > _CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -190,18 +196,33 @@ def _batches(examples: Iterator[tuple[str, Example]]) -> Iterator[list[tuple[str
         yield batch
 
 
-def _converted(record: Record, name: str, heading: str) -> tuple[Example | None, str]:
+def _told(example: Example) -> str:
+    """What an example says, and shows, as text."""
+    plain = dataclasses.asdict(dataclasses.replace(example, images=()))
+    plain.pop("images")
+    shown = [hashlib.sha256(image).hexdigest() for image in example.images if isinstance(image, bytes)]
+    return json.dumps(plain | ({"images": shown} if shown else {}), sort_keys=True)
+
+
+def _converted(record: Record, name: str, heading: str, file: DataFile) -> tuple[Example | None, str]:
     """What a record says, or why it says nothing."""
     if record.value is None:
         return None, record.reason
     try:
-        return formats.convert(record.value, name, heading), ""
+        return pictures.opened(formats.convert(record.value, name, heading), file), ""
     except BadRecordError as e:
         return None, str(e)
 
 
-def _columns(rows: Sequence[Row]) -> list[list[list[int]]]:
-    """The rows by columns: tokens and labels, and those of the rejected answers if there are any."""
-    columns = [[row.input_ids for row in rows], [row.labels for row in rows]]
+def _columns(rows: Sequence[Row], schema: pa.Schema) -> list[list[object]]:
+    """The rows by columns: tokens and labels, and what else `schema` has."""
     rejected = [row.rejected for row in rows if row.rejected]
-    return [*columns, [row.input_ids for row in rejected], [row.labels for row in rejected]] if rejected else columns
+    columns: dict[str, list[object]] = {
+        "input_ids": [row.input_ids for row in rows],
+        "labels": [row.labels for row in rows],
+        "rejected_input_ids": [row.input_ids for row in rejected],
+        "rejected_labels": [row.labels for row in rejected],
+        "text": [row.text for row in rows],
+        "pictures": [list(row.images) for row in rows],
+    }
+    return [columns[name] for name in schema.names]

@@ -26,6 +26,7 @@ class Marks:
         """Remember an example of the file with the number `source`."""
         both = [row, row.rejected] if row.rejected else [row]
         content = b"|".join(array("i", ids).tobytes() for each in both for ids in (each.input_ids, each.labels))
+        content += b"".join(hashlib.blake2b(image).digest() for image in row.images)
         self._hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
         self._sources.append(source)
 

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from job.prepare.formats import Example
-from job.prepare.turns import BadRecordError, Message
+from job.prepare.turns import IMAGE, BadRecordError, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ class Template:
     """The chat template of a tokenizer."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._in_parts = tokenizer, False
         self.end_of_turn = _end_of_turn(tokenizer)
         self.opening, self.header, self.end = "", "", str(tokenizer.eos_token)
         """What asks for an answer, the part of it that stands before every answer, and what ends one."""
@@ -31,8 +31,8 @@ class Template:
         """The text of a conversation; raises `BadRecordError` if the template refuses it, or writes no tools."""
         try:
             written = self._tokenizer.apply_chat_template(
-                list(example.messages), tools=list(example.tools) or None, tokenize=False,
-                add_generation_prompt=open_turn,
+                [self._told(message) for message in example.messages], tools=list(example.tools) or None,
+                tokenize=False, add_generation_prompt=open_turn,
             )  # fmt: skip
         except Exception as e:
             raise BadRecordError(f"the chat template refuses it: {e}") from e
@@ -50,6 +50,16 @@ class Template:
             raise BadRecordError(f"the chat template writes {len(pieces) - 1} of the {count} answers")
         return pieces
 
+    def _told(self, message: Message) -> Message:
+        """A turn as the template wants it: one with images in parts, and any where it knows nothing else."""
+        if IMAGE not in message["content"] and not self._in_parts:
+            return message
+        texts = message["content"].split(IMAGE)
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(texts):
+            parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
+        return message | {"content": parts}
+
     @cached_property
     def knows_tools(self) -> bool:
         """Whether it writes tools and calls of them; their names may stand in the text of a record by chance."""
@@ -66,6 +76,8 @@ class Template:
 
     def _ask(self) -> None:
         answer: Message = {"role": "assistant", "content": "\ue000"}
+        self._in_parts = not self._writes(answer)
+        self._in_parts = self._in_parts and self._writes(answer)  # if it writes it so
         try:
             closed, opened = self.write(Example((_ASKED,))), self.write(Example((_ASKED,)), open_turn=True)
             before, _, after = self.write(Example((_ASKED, answer))).partition(answer["content"])
@@ -76,6 +88,12 @@ class Template:
             self.header = _shared_start(self.opening, before.removeprefix(closed))
         ending = self.end_of_turn.match(after)
         self.end = ending[0].lstrip() if ending else self.end
+
+    def _writes(self, answer: Message) -> bool:
+        try:
+            return answer["content"] in self.write(Example((_ASKED, answer)))
+        except BadRecordError:
+            return False
 
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:

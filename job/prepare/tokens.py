@@ -6,12 +6,14 @@ with any chat template that inserts answers as they are, or trimmed. How a templ
 business: in conversations with calls, answers are what stands between the header of their turn and its end.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from job.model.tokenizer import IGNORED
+from job.model.vision import Vision
 from job.prepare.formats import Example
 from job.prepare.template import Template
 from job.prepare.turns import BadRecordError
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Spans = list[tuple[int, int]]
+_MANY = re.compile(r"([<\[][^<>\[\]\s]+[>\]])\1{7,}")  # a token that is there again and again, as those of an image
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,18 @@ class Row:
     truncated: bool
     rejected: "Row | None" = None
     """The same with the answer that is not preferred."""
+    text: str = ""
+    """What a base that sees images reads them in."""
+    images: tuple[bytes, ...] = ()
 
 
 class Renderer:
     """Turns examples into rows with one tokenizer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, loss_on: str) -> None:
-        self._tokenizer, self._max_length, self._loss_on = tokenizer, max_length, loss_on
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", max_length: int, loss_on: str, vision: Vision | None = None
+    ) -> None:
+        self._tokenizer, self._max_length, self._loss_on, self._vision = tokenizer, max_length, loss_on, vision
         self.eos_added = 0  # conversations whose template does not end the last answer
         self._template = Template(tokenizer)
 
@@ -58,9 +66,14 @@ class Renderer:
     def _single(self, examples: Sequence[Example]) -> Iterator[Row | BadRecordError]:
         rendered = [self._try(example) for example in examples]
         good = [item for item in rendered if not isinstance(item, BadRecordError)]
-        encoded = iter(self._encode([text for text, _ in good]))
-        for item in rendered:
-            yield item if isinstance(item, BadRecordError) else self._row(*next(encoded), item[1])
+        encoded = iter(self._encode([text for text, _ in good]) if self._vision is None else ())
+        for example, item in zip(examples, rendered, strict=True):
+            if isinstance(item, BadRecordError):
+                yield item
+            elif self._vision:
+                yield self._seen(self._vision, *item, example.images)
+            else:
+                yield self._row(*next(encoded), item[1])
 
     def _try(self, example: Example) -> tuple[str, Spans] | BadRecordError:
         try:
@@ -75,7 +88,32 @@ class Renderer:
         text = text if text.endswith(eos) else text + eos
         return text, [(0, len(text))]
 
+    def _seen(self, vision: Vision, text: str, spans: Spans, images: Sequence[str | bytes]) -> Row | BadRecordError:
+        """A row for a base that sees `images`, which are bytes by now: each becomes many tokens, and moves the rest."""
+        held = tuple(image for image in images if isinstance(image, bytes))
+        there = text.count(vision.placeholder)
+        if there != len(held):
+            return BadRecordError(f"has {len(held)} images, and {vision.placeholder} stands {there} times in its text")
+        try:
+            read = vision.read(text, held)
+        except ValueError as e:
+            return BadRecordError(str(e))
+        moved = [tuple(at + sum(more for _, end, more in read.images if end <= at) for at in span) for span in spans]
+        row = self._row(read.ids, read.places, [(start, stop) for start, stop in moved])
+        if isinstance(row, BadRecordError) or not held:
+            return row if isinstance(row, BadRecordError) else replace(row, text=text)
+        last = read.images[-1][1] + sum(more for *_, more in read.images)
+        seen = sum(1 for start, _ in read.places if start < last)
+        if seen > self._max_length:
+            return BadRecordError(
+                f"its images end after {seen} tokens, and data.max_length is {self._max_length}: raise it, or make the "
+                "images smaller with data.max_pixels"
+            )
+        return replace(row, text=text, images=held)
+
     def _conversation(self, example: Example) -> tuple[str, Spans]:
+        if example.images and self._vision is None:
+            raise BadRecordError("has images, and the base model sees none")
         calls = any("tool_calls" in message for message in example.messages)
         if (calls or example.tools) and not self._template.knows_tools:
             raise BadRecordError("the chat template has no place for tools and their calls")
@@ -185,7 +223,8 @@ def marked(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
         return f"preferred:\n{chosen}\n\nrejected:\n{rejected}"
     parts = groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     texts = ((trained, str(tokenizer.decode([token for token, _ in group]))) for trained, group in parts)
-    return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
+    whole = "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
+    return _MANY.sub(lambda found: f"{found[1]} (x {len(found[0]) // len(found[1])})", whole)
 
 
 def _overlaps(place: tuple[int, int], spans: Spans) -> bool:

@@ -16,6 +16,11 @@ _ROLES = {
 }
 _WEIGHTS = ("weight", "train")  # OpenAI's name for it, and axolotl's
 _KEPT = ("name", "tool_call_id", "reasoning_content")
+IMAGE = "\ufdd0"  # stands for an image in the content of a turn; by Unicode no character, so that no text holds it
+Image = str | bytes | None
+"""Where an image lies, or what it is; None for one of those that the record names besides."""
+_IMAGES = ("image", "image_url", "input_image")
+_IMAGE_KEYS = ("image", "image_url", "url", "path")
 READ = {"role", "from", "content", "value", "tool_calls", "function_call", *_WEIGHTS, *_KEPT}  # keys of a turn
 
 
@@ -36,7 +41,8 @@ def turn(given: Mapping[str, Any], number: int) -> Message:
         role, content, calls = "assistant", "", _parsed(content, f"the call in turn {number}")
     if content is None and not calls:
         raise BadRecordError(f"turn {number} lacks content or value")
-    message: Message = {"role": role, "content": _content(content, number)}
+    text, images = _content(content, number)
+    message: Message = {"role": role, "content": text, **({"images": images} if images else {})}
     if calls:
         if role != "assistant":
             raise BadRecordError(f"turn {number} calls tools, and is not the assistant's")
@@ -98,12 +104,32 @@ def _either(given: Mapping[str, Any], one: str, other: str) -> object:
     return given[one] if given.get(one) is not None else given.get(other)
 
 
-def _content(content: object, number: int) -> str:
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text") or "") for part in content)
-    if content is not None and not isinstance(content, str):
+def image(given: object) -> Image:
+    """An image as records name it: a path or URL, or an object that holds one, or the bytes; None if it is nothing."""
+    if isinstance(given, dict):
+        given = next((given[key] for key in ("bytes", "path", "url") if given.get(key) is not None), None)
+    if given is not None and not isinstance(given, str | bytes):
+        raise BadRecordError(f"an image is of type {type(given).__name__}, not a path, a URL or bytes")
+    return given
+
+
+def _content(content: object, number: int) -> tuple[str, list[Image]]:
+    """The text of a turn with a sign for each image, and the images."""
+    if content is not None and not isinstance(content, str | list):
         raise BadRecordError(f"the content of turn {number} is of type {type(content).__name__}, not text")
-    return whole(content or "")
+    if not isinstance(content, list):
+        return whole(content or ""), []
+    text, images = "", []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            text += str(part.get("text") or "")
+        elif kind in _IMAGES:
+            text += IMAGE
+            images.append(image(next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)))
+        else:
+            raise BadRecordError(f"a part of turn {number} is of type {kind}, neither text nor image")
+    return whole(text), images
 
 
 def _call(given: object, number: int) -> dict[str, Any]:

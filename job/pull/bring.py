@@ -1,6 +1,7 @@
 """The step itself: look at everything first, then copy what is not on this machine yet."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -8,8 +9,9 @@ from pathlib import Path
 
 from job import errors, log, manifest, paths, storage
 from job.config import Config, Source
-from job.inputs import Base, DataFile, Prepared
+from job.inputs import Base, DataFile, Images, Prepared
 from job.manifest import Manifest
+from job.model import vision
 from job.pull import look as looked
 from job.pull.look import Found
 
@@ -33,10 +35,12 @@ def preflight(
     """
     sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
     found = [looked.base(config), *(looked.data(source.url) for source in sources)]
+    kind = looked.kind(config, found[0])
+    found += _images(config, sources) if kind.sees else ()
     conversions = cache.conversions(found[0].fingerprint)
     for place in conversions:
         keep.enter_context(storage.used(place))
-    converts = looked.converts(config, found[0]) and not any(map(manifest.sealed, conversions))
+    converts = kind.converts and not any(map(manifest.sealed, conversions))
     written = found[0].size * (converts + (config.merge.enabled and not helps))
     keep.enter_context(storage.used(cache.work("")))
     places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
@@ -60,17 +64,35 @@ def base(config: Config, cache: paths.Cache) -> Base:
     return Base(config.model.base, path, whole.digest, found.fingerprint)
 
 
-def data(sources: Iterable[Source], cache: paths.Cache) -> list[DataFile]:
-    """Bring the data files of one split here, in the order of `sources` and of their names."""
+def data(
+    sources: Iterable[Source], cache: paths.Cache, base: Base | None = None, images: str | None = None
+) -> list[DataFile]:
+    """Bring the data files of one split here, in the order of `sources` and of their names.
+
+    If `base` sees images, those that lie beside the data come too, or all in the folder `images`.
+    """
     files = []
+    sees = base is not None and vision.sees(json.loads((base.path / "config.json").read_text(encoding="utf-8")))
     for each in sources:
         found = looked.data(each.url)
         path, whole = _here(found, cache.data(found.fingerprint))
+        beside, seen = looked.images(images, each.url) if sees else None, None
+        if beside:
+            folder, held = _here(beside, cache.data(beside.fingerprint))
+            seen = Images(beside.source.url, folder, held.digest)
         files += [
-            DataFile(f"{found.source.url}/{e.key}", path / e.key, whole.files[e.key].sha256, each.weight, each.format)
+            DataFile(
+                f"{found.source.url}/{e.key}", path / e.key, whole.files[e.key].sha256, each.weight, each.format, seen
+            )
             for e in found.entries
         ]
     return files
+
+
+def _images(config: Config, sources: Iterable[Source]) -> list[Found]:
+    """The folders of images that belong to the `sources`, each once."""
+    found = {each.fingerprint: each for source in sources if (each := looked.images(config.data.images, source.url))}
+    return list(found.values())
 
 
 def prepared(store: storage.Store, digest: str, cache: paths.Cache) -> Prepared:

@@ -9,12 +9,13 @@ from urllib.parse import unquote
 
 from job import errors, log, manifest, paths, storage
 from job.config import Config
-from job.model import legacy, prequantized
+from job.model import legacy, prequantized, vision
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
 _PICKLED = re.compile(r"^pytorch_model.*\.bin$")
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})(\.safetensors|\.bin)$")
+_IMAGES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
 _HIDDEN = re.compile(r"(^|/)[._]")  # of editors, and of file systems
 _SHOWN = 8  # names in one line
@@ -71,8 +72,18 @@ def base(config: Config) -> Found:
     return Found(source, wanted)
 
 
-def converts(config: Config, found: Found) -> bool:
-    """Whether the model has to be converted, as its config.json and the names of its files say.
+@dataclass(frozen=True)
+class Kind:
+    """What config.json and the names of its files tell of a base model."""
+
+    converts: bool
+    """Whether it has to be converted before transformers loads it."""
+    sees: bool
+    """Whether it takes images."""
+
+
+def kind(config: Config, found: Found) -> Kind:
+    """What the base is, told before it is fetched.
 
     Raises `errors.ModelError` if it cannot be trained, and `errors.ConfigError` if not on examples so long, before
     gigabytes move.
@@ -100,11 +111,27 @@ def converts(config: Config, found: Found) -> bool:
             f"distributed.strategy {config.distributed.strategy} cannot share out a base that is quantized already "
             f"({found.source.url}: {scheme}): use ddp, or the original weights"
         )
-    return layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
+    sees = vision.sees(told)
+    _allow(config, found.source.url, sees=sees)
+    converts = layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
+    return Kind(converts, sees)
+
+
+def _allow(config: Config, url: str, *, sees: bool) -> None:
+    """Raise `errors.ConfigError` where a base that sees images, or one that does not, cannot do what is asked."""
+    if config.data.images and not sees:
+        raise errors.ConfigError(f"data.images: the base {url} sees no images: leave it out, or use a base that does")
+    if sees and config.data.packing:
+        raise errors.ConfigError(f"data.packing: the base {url} sees images, which are not packed: leave it out")
+    if sees and config.train.method == "dpo":
+        raise errors.ConfigError(
+            f"train.method dpo compares answers to text, and the base {url} sees images: use sft, or a base for text"
+        )
 
 
 def _context(told: Mapping[str, Any]) -> int | None:
     """How many tokens the model takes, with what its config.json says of stretching them; None if it says nothing."""
+    told = told["text_config"] if isinstance(told.get("text_config"), dict) else told
     context = told.get("max_position_embeddings")
     if not isinstance(context, int):
         return None
@@ -143,6 +170,18 @@ def _weights(names: set[str], where: str) -> set[str]:
                     f"model.base: {where} lacks {_some(missing)}: the upload of the model was not finished"
                 )
     return weights
+
+
+def images(folder: str | None, url: str) -> Found | None:
+    """The images in `folder`, or beside the data at `url` if no folder is given: None if there are none.
+
+    Raises `errors.NotFoundError` if there are none in the folder.
+    """
+    source = storage.source(folder or url.rpartition("/")[0])
+    entries = [e for e in source.list() if _IMAGES.search(e.key) and not _HIDDEN.search(e.key)]
+    if not entries and folder:
+        raise errors.NotFoundError(f"data.images: {folder} holds no images: correct the URL, or upload them there")
+    return Found(source, entries) if entries else None
 
 
 def data(url: str) -> Found:

@@ -49,6 +49,6 @@ def filled(rows: Dataset, multiple: int) -> Dataset:
     if not lacking:
         return rows
     few = rows[0]["input_ids"][:_BLANK_TOKENS]
-    blank = {"input_ids": few, "labels": [IGNORED] * len(few), "seq_lengths": [len(few)]}
+    blank = {"input_ids": few, "labels": [IGNORED] * len(few), "seq_lengths": [len(few)], "text": "", "pictures": []}
     columns = {name: [blank[name.removeprefix("rejected_")]] * lacking for name in rows.column_names}
     return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])

@@ -12,6 +12,7 @@ import transformers
 from job import checkpoint, log, paths
 from job.checkpoint import state
 from job.inputs import Task
+from job.model import vision
 from job.train.trainer import Trainer
 
 
@@ -32,6 +33,7 @@ def write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, bes
     trainer.model.save_pretrained(str(adapter), state_dict=weights)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's names nothing but a path
     trainer.processing_class.save_pretrained(str(adapter))
+    vision.copy(task.base, adapter)
     facts = _facts(task, trainer.state, best)
     if facts["loss_after"] >= facts["loss_before"]:
         log.warn(

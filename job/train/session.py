@@ -18,8 +18,9 @@ from job.checkpoint import state as states
 from job.config import Config
 from job.inputs import AFTER_A_LOSS, Task
 from job.model import tokenizer
+from job.model.vision import Vision
 from job.preemption import Notice
-from job.train import placement, result
+from job.train import pictures, placement, result
 from job.train.arguments import arguments
 from job.train.cadence import Cadence, due
 from job.train.order import Order, filled
@@ -89,9 +90,8 @@ def _trainer(
     rows = Dataset.from_file(str(task.data / "train.arrow"))
     whole = filled(rows, settings.train.global_batch_size)
     micro = settings.train.micro_batch_size * ranks.size
-    pairs = settings.train.method == "dpo"
-    more: dict[str, Any] = {"beta": settings.train.beta, "data_collator": Collator(_padding(words))} if pairs else {}
-    trainer = (PairTrainer if pairs else Trainer)(
+    kind, more = _kind(task, words, seeing=pictures.COLUMN in rows.column_names)
+    trainer = kind(
         saving,
         Cadence(notice, saving, task, ranks, keep_best=keep_best),
         ranks,
@@ -108,6 +108,16 @@ def _trainer(
     trainer.remove_callback(transformers.PrinterCallback)
     placement.settle(trainer.model, task)
     return trainer
+
+
+def _kind(task: Task, words: "transformers.PreTrainedTokenizerBase", *, seeing: bool) -> tuple[type[Trainer], Any]:
+    """The trainer for what the examples are, and what it needs besides."""
+    if task.config.train.method == "dpo":
+        return PairTrainer, {"beta": task.config.train.beta, "data_collator": Collator(_padding(words))}
+    if seeing:
+        vision = Vision(task.base, words, task.config.data.max_pixels)
+        return pictures.SeeingTrainer, {"data_collator": pictures.Collator(vision, str(words.eos_token) * 2)}
+    return Trainer, {}
 
 
 def _padding(words: "transformers.PreTrainedTokenizerBase") -> int:
