@@ -85,13 +85,12 @@ class Vision:
 
     def batch(self, texts: Sequence[str], images: Sequence[Sequence[bytes]]) -> dict[str, "torch.Tensor"]:
         """What the model gets of several texts, filled up on the right to the longest."""
-        self._words.padding_side = "right"
         if self._words.pad_token is None:
             self._words.pad_token = self._words.eos_token
         opened = [[self._opened(image) for image in each] for each in images]
         made = self._processor(
             text=list(texts), images=opened if any(opened) else None, add_special_tokens=False, padding=True,
-            return_tensors="pt",
+            padding_side="right", return_tensors="pt",
         )  # fmt: skip
         return dict(made)
 
