@@ -98,7 +98,8 @@ def base(family: str, folder: Path) -> Path:
              "scale_factor": 2}, transformers.Idefics3ImageProcessorPil(**split), {"image_seq_len": 4}),
         "llava": (
             {"text_config": {**TEXT, "model_type": "llama"},
-             "vision_config": {**CLIP, "model_type": "clip_vision_model"}, "image_token_id": number("<image>"), "vision_feature_layer": -2},
+             "vision_config": {**CLIP, "model_type": "clip_vision_model"}, "vision_feature_layer": -2,
+             "image_token_id": number("<image>")},
             transformers.CLIPImageProcessorPil(size=square, crop_size=square),
             {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}),
         "gemma3": (

@@ -113,7 +113,10 @@ def _load(base: Path, words: "PreTrainedTokenizerBase") -> Any:  # noqa: ANN401 
     from transformers import AutoConfig, AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    known: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(base, local_files_only=True))]
+    described = AutoConfig.from_pretrained(base, local_files_only=True)
+    known: Any = PROCESSOR_MAPPING.get(type(described), None)
+    if known is None:
+        raise ValueError(f"transformers has no processor for {described.model_type}")
     config = base / "processor_config.json"
     told: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
 

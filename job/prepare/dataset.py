@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from job import errors, log, manifest, paths, storage
 from job.config import Config
@@ -13,6 +14,9 @@ from job.inputs import Base, DataFile, Prepared
 from job.manifest import Manifest
 from job.model import tokenizer, vision
 from job.prepare.preparation import Preparation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WORDS = Path(tokenizer.__file__)
 _MODEL = (_WORDS, Path(vision.__file__), *sorted(_WORDS.parent.glob("legacy/*.py")))
@@ -45,9 +49,7 @@ def dataset(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         words = tokenizer.load(base.path, config.data.template, trust_remote_code=config.model.trust_remote_code)
-        sees = vision.sees(json.loads((base.path / "config.json").read_text(encoding="utf-8")))
-        eyes = vision.Vision(base.path, words, config.data.max_pixels) if sees else None
-        Preparation(config, words, partial, eyes).run(train, evaluation)
+        Preparation(config, words, partial, _eyes(config, base, words)).run(train, evaluation)
         whole = manifest.seal(partial)
         place.fill(partial)
     log.event(
@@ -57,6 +59,18 @@ def dataset(
         **json.loads((target / "data.json").read_text(encoding="utf-8")),
     )
     return Prepared(target, _digest(whole))
+
+
+def _eyes(config: Config, base: Base, words: "PreTrainedTokenizerBase") -> vision.Vision | None:
+    """What sees images, if the base does; one whose processor is not to be had can be trained on text."""
+    told = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    if not vision.sees(told) or config.train.method == "dpo":
+        return None
+    try:
+        return vision.Vision(base.path, words, config.data.max_pixels)
+    except errors.ModelError as e:
+        log.warn("prepare.blind", f"{e}; it is trained on text only")
+        return None
 
 
 def _refuse_leak(train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:

@@ -41,9 +41,10 @@ class Preparation:
     ) -> None:
         self._data, self._seed, self._words, self._target = config.data, config.run.seed, words, target
         self._pairs = config.train.method == "dpo"
+        self._sees = vision is not None
         self._schema = _SEEN if vision else _PAIRS if self._pairs else _SCHEMA
         self._renderer = Renderer(words, config.data.max_length, config.data.loss_on, vision)
-        self._sample = ""
+        self._sample, self._seen = "", False
 
     def run(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
         """Prepare both splits; raises `errors.DataError`."""
@@ -53,6 +54,11 @@ class Preparation:
         if halved or evaluation:
             files, kept = (train, False) if halved else (evaluation, None)
             tallies["eval"], marks["eval"] = self._split("eval", files, kept=kept)
+        if self._schema is _SEEN and not self._seen:
+            for split in tallies:  # a base that sees images is trained on text like any other
+                select.columns(self._target / f"{split}.arrow", _SCHEMA.names)
+        if self._seen and self._data.packing:
+            raise errors.DataError("data.packing: the records have images, which are not packed: set it to false")
         if self._renderer.eos_added:
             log.warn(
                 "prepare.eos",
@@ -82,6 +88,7 @@ class Preparation:
                         writer.write_batch(pa.record_batch(_columns(rows, schema), schema=schema))
                     for row in rows:
                         marks.add(row, number)
+                        self._seen |= bool(row.images)
                     if rows and not self._sample:
                         self._sample = marked(self._words, rows[0])
         tally.measure(path)
@@ -133,7 +140,7 @@ class Preparation:
         judge.method(file.url, name, pairs=self._pairs)
         tally.formats[file.url] = name
         for record in records.read(file.path, file.url):
-            example, reason = _converted(record, name, heading, file)
+            example, reason = self._converted(record, name, heading, file)
             if kept is not None and kept != self._draw(example or f"{file.sha256} {record.place}"):
                 continue
             where = f"{file.url}:{record.place}"
@@ -146,6 +153,18 @@ class Preparation:
             tally.reject(where, reason)
             if self._hopeless(tally):
                 return
+
+    def _converted(self, record: Record, name: str, heading: str, file: DataFile) -> tuple[Example | None, str]:
+        """What a record says, with the images that it names, or why it says nothing."""
+        if record.value is None:
+            return None, record.reason
+        try:
+            example = formats.convert(record.value, name, heading)
+            if example.images and not self._sees:
+                return None, "has images, and the base model does not see them"
+            return pictures.opened(example, file), ""
+        except BadRecordError as e:
+            return None, str(e)
 
     def _format(self, file: DataFile) -> str:
         """What the config says, of this file or all, or what the keys of the first readable record say."""
@@ -202,16 +221,6 @@ def _told(example: Example) -> str:
     plain.pop("images")
     shown = [hashlib.sha256(image).hexdigest() for image in example.images if isinstance(image, bytes)]
     return json.dumps(plain | ({"images": shown} if shown else {}), sort_keys=True)
-
-
-def _converted(record: Record, name: str, heading: str, file: DataFile) -> tuple[Example | None, str]:
-    """What a record says, or why it says nothing."""
-    if record.value is None:
-        return None, record.reason
-    try:
-        return pictures.opened(formats.convert(record.value, name, heading), file), ""
-    except BadRecordError as e:
-        return None, str(e)
 
 
 def _columns(rows: Sequence[Row], schema: pa.Schema) -> list[list[object]]:

@@ -79,6 +79,19 @@ def keep(path: Path, counts: np.ndarray) -> None:
     partial.rename(path)
 
 
+def columns(path: Path, names: list[str]) -> None:
+    """Write the arrow file at `path` anew with the columns `names` alone, in constant memory."""
+    partial = path.with_name(f"kept-{path.name}")
+    with (
+        pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_stream(sink, pa.schema([reader.schema.field(name) for name in names])) as writer,
+    ):  # fmt: skip
+        for batch in reader:
+            writer.write_batch(batch.select(names))
+    partial.rename(path)
+
+
 def rows(path: Path, which: np.ndarray, most: int) -> list[Row]:
     """The first `most` rows of the arrow file at `path` for which `which` is true."""
     wanted, found, start = set(np.flatnonzero(which)[:most].tolist()), [], 0

@@ -98,22 +98,18 @@ class Renderer:
             read = vision.read(text, held)
         except ValueError as e:
             return BadRecordError(str(e))
-        moved = [tuple(at + sum(more for _, end, more in read.images if end <= at) for at in span) for span in spans]
-        row = self._row(read.ids, read.places, [(start, stop) for start, stop in moved])
-        if isinstance(row, BadRecordError) or not held:
-            return row if isinstance(row, BadRecordError) else replace(row, text=text)
-        last = read.images[-1][1] + sum(more for *_, more in read.images)
-        seen = sum(1 for start, _ in read.places if start < last)
+        last = read.images[-1][1] + sum(more for *_, more in read.images) if held else 0
+        seen = sum(start < last for start, _ in read.places)
         if seen > self._max_length:
             return BadRecordError(
                 f"its images end after {seen} tokens, and data.max_length is {self._max_length}: raise it, or make the "
                 "images smaller with data.max_pixels"
             )
-        return replace(row, text=text, images=held)
+        moved = [tuple(at + sum(more for _, end, more in read.images if end <= at) for at in span) for span in spans]
+        row = self._row(read.ids, read.places, [(start, stop) for start, stop in moved])
+        return row if isinstance(row, BadRecordError) else replace(row, text=text, images=held)
 
     def _conversation(self, example: Example) -> tuple[str, Spans]:
-        if example.images and self._vision is None:
-            raise BadRecordError("has images, and the base model sees none")
         calls = any("tool_calls" in message for message in example.messages)
         if (calls or example.tools) and not self._template.knows_tools:
             raise BadRecordError("the chat template has no place for tools and their calls")

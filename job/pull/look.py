@@ -112,21 +112,12 @@ def kind(config: Config, found: Found) -> Kind:
             f"({found.source.url}: {scheme}): use ddp, or the original weights"
         )
     sees = vision.sees(told)
-    _allow(config, found.source.url, sees=sees)
+    if config.data.images and not sees:
+        raise errors.ConfigError(
+            f"data.images: the base {found.source.url} sees no images: leave it out, or use a base that does"
+        )
     converts = layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
     return Kind(converts, sees)
-
-
-def _allow(config: Config, url: str, *, sees: bool) -> None:
-    """Raise `errors.ConfigError` where a base that sees images, or one that does not, cannot do what is asked."""
-    if config.data.images and not sees:
-        raise errors.ConfigError(f"data.images: the base {url} sees no images: leave it out, or use a base that does")
-    if sees and config.data.packing:
-        raise errors.ConfigError(f"data.packing: the base {url} sees images, which are not packed: leave it out")
-    if sees and config.train.method == "dpo":
-        raise errors.ConfigError(
-            f"train.method dpo compares answers to text, and the base {url} sees images: use sft, or a base for text"
-        )
 
 
 def _context(told: Mapping[str, Any]) -> int | None:

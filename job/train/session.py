@@ -22,6 +22,7 @@ from job.model.vision import Vision
 from job.preemption import Notice
 from job.train import pictures, placement, result
 from job.train.arguments import arguments
+from job.train.borders import Borders
 from job.train.cadence import Cadence, due
 from job.train.order import Order, filled
 from job.train.pairs import Collator, PairTrainer
@@ -106,6 +107,8 @@ def _trainer(
         **more,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if settings.data.packing:
+        trainer.add_callback(Borders(trainer, rows[0]["input_ids"]))
     placement.settle(trainer.model, task)
     return trainer
 

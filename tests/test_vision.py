@@ -1,0 +1,427 @@
+"""Bases that see images: records with images become what the model sees, and its language part learns from them."""
+
+import base64
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import seeing
+import torch
+from conftest import S3, take_back
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from job import config, errors, inputs
+from job.model import lora, tokenizer, weights
+from job.model.vision import Vision
+from job.prepare import pictures
+from job.prepare.formats import Example, convert
+from job.prepare.tokens import Renderer, Row, marked
+from job.prepare.turns import IMAGE, BadRecordError
+from job.train.pictures import Collator
+
+Job = Callable[..., subprocess.CompletedProcess[str]]
+ANSWER = {"role": "assistant", "content": "It is red."}
+ASKED = {"role": "user", "content": "What colour is it?"}
+SHOWN = f"{IMAGE}What colour is it?"
+
+
+def turn(*parts: object) -> dict[str, object]:
+    """A question of the user, in parts."""
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def shown(number: int) -> dict[str, object]:
+    """An image as a part of a turn."""
+    return {"type": "image", "image": seeing.picture(number)}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny base of a family, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("seeing")
+
+    def make(family: str) -> Path:
+        return folder / family if (folder / family).exists() else seeing.base(family, folder / family)
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """24 images with a question and an answer each, and one question without an image."""
+    (tmp_path / "data" / "img").mkdir(parents=True)
+    rows: list[dict[str, object]] = []
+    for number in range(24):
+        (tmp_path / "data" / "img" / f"{number}.png").write_bytes(seeing.picture(number))
+        asked = turn({"type": "image", "image": f"img/{number}.png"}, "What colour is it?")
+        rows.append({"messages": [asked, {"role": "assistant", "content": "red" if number % 2 else "blue"}]})
+    rows.append({"messages": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "hi"}]})
+    write(tmp_path / "data" / "train.jsonl", rows)
+    return tmp_path / "data"
+
+
+def write(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def about(base: Path, place: Path, **more: dict[str, object]) -> dict[str, dict[str, object]]:
+    """What a run on images is told besides what every tiny run is."""
+    told: dict[str, dict[str, object]] = {
+        "model": {"base": str(base), "compute_dtype": "float32"},
+        "data": {"train": [f"{place}/train.jsonl"], "eval": [], "eval_fraction": 0.2, "max_length": 160},
+    }
+    return {**more, **{section: {**told.get(section, {}), **more.get(section, {})} for section in told}}
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("messages", {"messages": [turn({"type": "image", "image": "a.png"}, "What colour is it?"), ANSWER]}),
+        (
+            "messages",
+            {"messages": [turn({"type": "image_url", "image_url": {"url": "a.png"}}, "What colour is it?"), ANSWER]},
+        ),
+        ("messages", {"messages": [turn({"type": "image"}, "What colour is it?"), ANSWER], "images": ["a.png"]}),
+        ("messages", {"messages": [ASKED, ANSWER], "image": "a.png"}),
+        ("messages", {"messages": [ASKED, ANSWER], "images": [{"path": "a.png", "bytes": None}]}),
+        (
+            "conversations",
+            {
+                "image": "a.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>What colour is it?"},
+                    {"from": "gpt", "value": "It is red."},
+                ],
+            },
+        ),
+        ("instruction", {"instruction": "What colour is it?", "output": "It is red.", "images": ["a.png"]}),
+        ("prompt-completion", {"prompt": "What colour is it?", "completion": "It is red.", "image": "a.png"}),
+    ],
+)  # fmt: skip
+def test_images_are_found_wherever_records_name_them(name: str, record: dict[str, object]) -> None:
+    """In the turn, besides it with a place in the turn, with the word <image>, or before the first question."""
+    example = convert(record, name, "\n")
+
+    assert example == Example(({"role": "user", "content": SHOWN}, ANSWER), images=("a.png",))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [turn({"type": "image"}), ANSWER], "images": ["a", "b"]}, "names 2 images besides .* has 1 pl"),
+        ({"messages": [turn({"type": "image"}, "?"), ANSWER]}, "names 0 images besides its turns, and has 1 places"),
+        ({"messages": [ASKED, ANSWER], "image": 3}, "an image is of type int, not a path, a URL or bytes"),
+        ({"messages": [ASKED, {**ANSWER, "content": [{"type": "image", "image": "a"}]}]}, "answers are text"),
+        ({"messages": [turn({"type": "audio"}), ANSWER]}, "a part of turn 1 is of type audio, neither text nor image"),
+        ({"messages": [{"role": "user", "content": f"{IMAGE}?"}, ANSWER]}, r"holds U\+FDD0, which is no character"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_images_is_told(record: dict[str, object], message: str) -> None:
+    """With the numbers that were seen."""
+    with pytest.raises(BadRecordError, match=message):
+        convert(record, "messages", "\n")
+
+
+def test_images_are_taken_from_their_folder_by_path_url_or_as_they_are(tmp_path: Path) -> None:
+    """Also those that the record itself holds, as Parquet files of the hub do, and pages of the web."""
+    (tmp_path / "a b.png").write_bytes(b"beside")
+    file = inputs.DataFile("s3://b/d/x.jsonl", tmp_path / "x", "", images=inputs.Images("s3://b/d", tmp_path, ""))
+    inline = f"data:image/png;base64,{base64.b64encode(b'inline').decode()}"
+
+    example = pictures.opened(Example(images=("a b.png", "s3://b/d/a b.png", b"held", inline)), file)
+
+    assert example.images == (b"beside", b"beside", b"held", b"inline")
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("none.png", "the image none.png is not in s3://b/d"),
+        ("https://example.org/a.png", "is not below s3://b/d: put it there, or set data.images"),
+        ("s3://b/other/a.png", "is not below s3://b/d"),
+        ("../secret", "leads out of s3://b/d"),
+        ("/etc/passwd", "leads out of s3://b/d"),
+        ("data:image/png;base64,###", "is not base64"),
+    ],
+)
+def test_an_image_that_cannot_be_had_is_named(image: str, message: str, tmp_path: Path) -> None:
+    """Nothing outside of the folder is read, whatever a record says."""
+    file = inputs.DataFile("s3://b/d/x.jsonl", tmp_path / "x", "", images=inputs.Images("s3://b/d", tmp_path, ""))
+
+    with pytest.raises(BadRecordError, match=message):
+        pictures.opened(Example(images=(image,)), file)
+
+
+def rendered(base: Path, *records: dict[str, object], max_length: int = 500) -> list[Row]:
+    """Rows of the records, of which none is bad."""
+    words = tokenizer.load(base)
+    made = Renderer(words, max_length, "assistant", Vision(base, words, None))
+    rows = list(made.rows([convert(record, "messages", "\n") for record in records]))
+    bad = [row for row in rows if isinstance(row, BadRecordError)]
+    assert not bad
+    return [row for row in rows if isinstance(row, Row)]
+
+
+LONG = {
+    "messages": [
+        turn(shown(1), "What colour?", shown(8)),
+        ANSWER,
+        turn("And ", shown(5)),
+        {"role": "assistant", "content": "red, or blue"},
+    ]
+}  # fmt: skip
+SAID = {"messages": [turn("What colour?"), ANSWER, turn("And "), LONG["messages"][-1]]}
+PLAIN = {"messages": [ASKED, ANSWER]}
+
+
+@pytest.mark.parametrize("family", seeing.SPECIAL)
+def test_the_answers_are_trained_wherever_images_moved_them(family: str, bases: Callable[[str], Path]) -> None:
+    """Each image becomes as many tokens as the family wants; the trained ones are the answers and their ends."""
+    row, plain = rendered(bases(family), LONG, PLAIN)
+
+    words = tokenizer.load(bases(family))
+    for each, answers in ((row, ["It is red.", "red, or blue"]), (plain, ["It is red."])):
+        parts = marked(words, each).split("⟦")[1:]
+        assert [part.partition("⟧")[0] for part in parts] == [f"{answer}<|im_end|>" for answer in answers]
+    batch = Vision(bases(family), words, None).batch([row.text], [row.images])
+    assert batch["input_ids"][0].tolist() == row.input_ids
+    seen = Counter(row.input_ids) - Counter(rendered(bases(family), SAID)[0].input_ids)
+    assert seen.total() >= 3 * 4  # three images, of at least four tokens each
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("family", seeing.SPECIAL)
+def test_the_language_part_learns_and_what_sees_stays_whole(
+    family: str, quantization: str, bases: Callable[[str], Path]
+) -> None:
+    """Over batches in which some examples have images and others have none, in all their numbers."""
+    words = tokenizer.load(bases(family))
+    rows = rendered(bases(family), LONG, PLAIN)
+    vision = Vision(bases(family), words, None)
+    batch = Collator(vision, "<|im_end|>" * 2)(
+        [{"input_ids": r.input_ids, "labels": r.labels, "text": r.text, "pictures": list(r.images)} for r in rows]
+    )
+    settings = config.Model.model_validate({"base": bases(family).as_uri(), "quantization": quantization})
+    network = weights.for_training(bases(family), settings)
+
+    adapted = lora.adapted(network, config.Lora(dropout=0.0))
+    lora.draw(adapted, 0)
+    adapted(**batch).loss.backward()
+
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * 2 * 7
+    assert all("language_model" in name or "text_model" in name for name in trained)
+    assert all(p.grad is not None and p.grad.any() for name, p in trained.items() if "lora_B" in name)
+    seen = [m for name, m in adapted.named_modules() if "vision" in name and type(m).__name__.startswith("Linear")]
+    assert all(type(module) is torch.nn.Linear for module in seen)
+
+
+def test_all_linear_trains_what_sees_too(bases: Callable[[str], Path]) -> None:
+    """And names of layers mean those of the language part, or whole names any."""
+    base = bases("qwen2_5_vl")
+    settings = config.Model.model_validate({"base": base.as_uri(), "quantization": "none"})
+
+    def layers(targets: object) -> set[str]:
+        adapted = lora.adapted(
+            weights.for_training(base, settings), config.Lora.model_validate_json(json.dumps({"targets": targets}))
+        )
+        return {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A." in name}
+
+    language = layers("auto")
+    assert all(".language_model." in name for name in language)
+    assert layers("all-linear") > language
+    assert any(".visual." in name for name in layers("all-linear"))
+    assert layers(["gate_proj"]) == {name for name in language if name.endswith("gate_proj")}
+    assert len(layers(["model.visual.merger.mlp.0"])) == 1
+
+
+SLOW = [name for name in seeing.SPECIAL if name != "qwen2_5_vl"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_run_on_images_goes_on_exactly_and_ends_in_a_model_that_sees(
+    family: str, bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """Two steps done again after a stop give the same adapter; the merged folder is the base with it."""
+    base = bases(family)
+    described = tiny_run(**about(base, folder, merge={"dtype": "float32"}))
+
+    first = job("run", described)
+    before = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    take_back(tmp_path / "run", 6)
+    second = job("run", described)
+
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    after = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    row = rendered(base, LONG)[0]
+    batch = Vision(tmp_path / "run" / "merged", tokenizer.load(tmp_path / "run" / "merged"), None).batch(
+        [row.text], [row.images]
+    )
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    plain = whole(**batch).logits
+    adapted = PeftModel.from_pretrained(whole, str(tmp_path / "run" / "adapter"))
+    torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, rtol=1e-4, atol=1e-4)
+    assert (merged(**batch).logits - plain).abs().max() > 1e-2
+
+
+def test_images_come_from_the_store_with_the_data(
+    bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job, s3: S3, bucket: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """By the folder that the config names, and only once: the second start finds them prepared."""
+    s3.upload(folder / "img", bucket, "pictures/img")
+    s3.upload(folder, bucket, "records")
+    told = about(
+        bases("qwen2_5_vl"), folder,
+        data={"train": [f"s3://{bucket}/records/train.jsonl"], "images": f"s3://{bucket}/pictures"},
+    )  # fmt: skip
+
+    outcome = job("run", tiny_run(**told))
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert f"s3://{bucket}/pictures: 24 file(s)" in outcome.stderr
+    (prepared,) = (tmp_path / "cache" / "prepared").glob("*/train.arrow")
+    rows = Dataset.from_file(str(prepared))
+    kept = {image for row in rows for image in row["pictures"]}
+    assert kept <= {seeing.picture(number) for number in range(24)}
+    assert len(kept) > 12
+
+
+def test_an_image_that_changed_is_prepared_anew(
+    bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """Though the records and their names are the same."""
+    told = about(bases("qwen2_5_vl"), folder, train={"max_steps": 2, "eval_every": 2})
+    assert job("run", tiny_run(**told)).returncode == 0
+    (folder / "img" / "3.png").write_bytes(seeing.picture(103))
+
+    again = job("run", tiny_run(**{**told, "run": {"url": f"{tmp_path}/another"}}))
+
+    assert again.returncode == 0, again.stderr
+    assert "prepared data are here already" not in again.stderr
+    found = [Dataset.from_file(str(p)) for p in (tmp_path / "cache" / "prepared").glob("*/*.arrow")]
+    assert any(seeing.picture(103) in row["pictures"] for rows in found for row in rows)
+
+
+def test_images_in_parquet_are_read_as_the_hub_keeps_them(
+    bases: Callable[[str], Path], tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """As bytes in the record; there is no folder then."""
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "<image>What colour?"}, {"role": "assistant", "content": "red"}],
+            "images": [{"bytes": seeing.picture(number), "path": None}],
+        }
+        for number in range(16)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    told = about(bases("llava"), tmp_path, data={"train": [f"{tmp_path}/train.parquet"]}, train={"max_steps": 2})
+
+    outcome = job("run", tiny_run(**told))
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert "<image> (x 16)What colour?" in outcome.stderr
+
+
+def test_text_alone_is_prepared_for_them_as_for_any_base(
+    bases: Callable[[str], Path], tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """Without a processor in each batch, and packed if asked to."""
+    outcome = job("run", tiny_run(model={"base": str(bases("gemma3"))}, data={"packing": True}))
+
+    assert outcome.returncode == 0, outcome.stderr
+    (prepared,) = (tmp_path / "cache" / "prepared").glob("*/train.arrow")
+    assert "pictures" not in Dataset.from_file(str(prepared)).column_names
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"data": {"packing": True}}, "data.packing: the records have images, which are not packed"),
+        ({"data": {"max_length": 20}}, "its images end after 23 tokens, and data.max_length is 20: raise it, or make"),
+        ({"data": {"images": "/nowhere/at/all"}}, "data.images: file:///nowhere/at/all holds no images"),
+        ({"model": {"base": "TINY"}}, "has images, and the base model does not see them"),
+        ({"model": {"base": "TINY"}, "data": {"images": "DATA"}}, "sees no images: leave it out, or use a base that"),
+    ],
+)
+def test_what_cannot_be_done_with_images_is_refused(
+    more: dict[str, dict[str, object]], message: str, bases: Callable[[str], Path], folder: Path, tiny_model: Path,
+    tiny_run: Callable[..., Path], job: Job,
+) -> None:  # fmt: skip
+    """Before anything is trained."""
+    places: dict[object, str] = {"TINY": str(tiny_model), "DATA": str(folder)}
+    given = {section: {k: places.get(str(v), v) for k, v in keys.items()} for section, keys in more.items()}
+
+    outcome = job("run", tiny_run(**about(bases("qwen2_5_vl"), folder, **given)))
+
+    assert outcome.returncode == 64
+    assert message in outcome.stderr
+    assert not (folder.parent / "run" / "checkpoints").exists()
+
+
+def test_a_broken_image_is_named_with_its_record(
+    bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job
+) -> None:
+    """It can be left out, and is counted."""
+    (folder / "img" / "3.png").write_bytes(b"GIF89a no more")
+    told = about(bases("qwen2_5_vl"), folder)
+
+    refused = job("run", tiny_run(**told))
+    told["data"]["skip_bad_share"] = 0.1
+    skipped = job("run", tiny_run(**told))
+
+    assert refused.returncode == 64
+    assert "train.jsonl:4" in refused.stderr
+    assert "an image cannot be read: " in refused.stderr
+    assert skipped.returncode == 0, skipped.stderr
+
+
+def test_large_images_are_made_smaller_if_asked_to(bases: Callable[[str], Path]) -> None:
+    """Before the processor of the family decides how many tokens they take."""
+    base = bases("llava")
+    words = tokenizer.load(bases("qwen2_5_vl"))
+    large, small = (
+        Vision(bases("qwen2_5_vl"), words, pixels).read("<|image_pad|>", [seeing.picture(8)]).ids
+        for pixels in (None, 300)
+    )
+
+    assert len(small) < len(large)
+    with pytest.raises(ValueError, match="an image cannot be read"):
+        Vision(base, tokenizer.load(base), None).read("<image>", [b"nothing"])
+
+
+def test_tokens_that_are_not_those_prepared_stop_the_training(bases: Callable[[str], Path]) -> None:
+    """Another version of the processor would put the labels elsewhere."""
+    base = bases("llava")
+    row = rendered(base, LONG)[0]
+    given: dict[str, Any] = {"input_ids": [5, *row.input_ids[1:]], "labels": row.labels, "text": row.text}
+
+    with pytest.raises(errors.DataError, match=r"makes other tokens of .* than when the data were prepared"):
+        Collator(Vision(base, tokenizer.load(base), None), "")([{**given, "pictures": list(row.images)}])
+
+
+def test_the_end_of_a_long_example_is_cut_behind_its_images(bases: Callable[[str], Path]) -> None:
+    """Its batch has what was prepared, and no more."""
+    base = bases("llava")
+    whole = rendered(base, LONG)[0]
+    row = rendered(base, LONG, max_length=len(whole.input_ids) - 4)[0]
+
+    batch = Collator(Vision(base, tokenizer.load(base), None), "")(
+        [{"input_ids": row.input_ids, "labels": row.labels, "text": row.text, "pictures": list(row.images)}]
+    )
+
+    assert row.truncated
+    assert batch["input_ids"][0].tolist() == whole.input_ids[:-4]
+    assert batch["labels"][0].tolist() == whole.labels[:-4]
