@@ -136,6 +136,19 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
+def records(folder: Path) -> None:
+    """Questions about images, and one without, as the training and the evaluation data in `folder`."""
+    (folder / "img").mkdir()
+    for split, numbers in {"train": range(36), "eval": range(36, 44)}.items():
+        rows = []
+        for number in numbers:
+            (folder / "img" / f"{number}.png").write_bytes(picture(number))
+            parts = [{"type": "image", "image": f"img/{number}.png"}, {"type": "text", "text": "What colour is it?"}]
+            asked = {"role": "user", "content": parts if number % 9 else "What colour is a rose?"}
+            rows.append({"messages": [asked, {"role": "assistant", "content": "red" if number % 2 else "blue"}]})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def _places(number: Callable[[str], Any]) -> dict[str, int]:
     names = {"image_token_id": 2, "video_token_id": 3, "vision_start_token_id": 0, "vision_end_token_id": 1}
     return {name: number(SIGHT[at]) for name, at in names.items()}

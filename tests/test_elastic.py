@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import seeing
 import torch
 from conftest import command, tiny_config
 from safetensors.torch import load_file
@@ -152,15 +153,50 @@ def test_a_run_of_any_size_is_that_of_one_process(
 @pytest.mark.slow
 def test_pairs_are_learned_alike_by_any_processes(tiny_model: Path, tmp_path: Path) -> None:
     """Every pair of the global batch weighs the same; that of the reference is shared out like the rest."""
+    train = {"method": "dpo", "learning_rate": 5e-4}
+
+    is_alike(tmp_path, lambda folder: of(folder, tiny_model, as_pairs, train=train))
+
+
+@pytest.mark.slow
+def test_packed_examples_are_learned_alike_by_any_processes(tiny_model: Path, tmp_path: Path) -> None:
+    """And the model is asked in each way to share it, before the first step, if it keeps them apart."""
+    is_alike(tmp_path, lambda folder: of(folder, tiny_model, in_plenty, data={"packing": True}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
+def test_images_are_learned_alike_by_any_processes(family: str, tmp_path: Path) -> None:
+    """Also where a process has a micro batch without any image."""
+    base = seeing.base(family, tmp_path / "base")
+
+    is_alike(tmp_path, lambda folder: of(folder, base, seeing.records, data={"max_length": 160}))
+
+
+def of(folder: Path, model: Path, write: Callable[[Path], None], **more: dict[str, object]) -> Path:
+    """The config of a run on what `write` makes of the data in `folder`."""
+    sections = {name: {**EXACT.get(name, {}), **more.get(name, {})} for name in (*EXACT, "data")}
+    config = tiny_config(folder, model, **sections, model={"quantization": "nf4"})
+    write(folder)
+    return config
+
+
+def in_plenty(folder: Path) -> None:
+    """So many short examples that packing leaves enough for a batch."""
+    for split in ("train", "eval"):
+        path = folder / f"{split}.jsonl"
+        path.write_text(path.read_text() * 4)
+
+
+def is_alike(folder: Path, make: Callable[[Path], Path]) -> None:
+    """One process and any that follow one another make the same of the runs that `make` describes."""
     made = []
     for name, legs in {
         "alone": [(1, "ddp")],
         "changing": [(2, "fsdp"), (3, "zero3"), (4, "zero2"), (2, "ddp")],
     }.items():
-        (tmp_path / name).mkdir()
-        how = {**EXACT, "train": {**EXACT["train"], "method": "dpo", "learning_rate": 5e-4}}
-        made.append(tiny_config(tmp_path / name, tiny_model, **how, model={"quantization": "nf4"}))
-        as_pairs(tmp_path / name)
+        (folder / name).mkdir()
+        made.append(make(folder / name))
         for number, leg in enumerate(legs, start=1):
             go(made[-1], leg, STEPS * number // len(legs))
 

@@ -2,17 +2,23 @@
 
 import os
 import random
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
+from test_families import COMMON, IDS, OTHERS, random_model
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from job.prepare import packing
+from job.train.borders import kept_apart
 
+LEAKING = ("falcon", "bloom", "opt", "gpt_oss", "minimax", "qwen3_next")  # of transformers 5.23
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 
 
@@ -82,3 +88,39 @@ def test_no_example_sees_another(attention: str, path: Path, rows: list[list[int
 
     assert seen > 3
     assert len(rows) == 100
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama", "gemma3_text", "phi3", "falcon", "gpt_oss",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in {**COMMON, **OTHERS} if name not in
+          ("llama", "gemma3_text", "phi3", "falcon", "gpt_oss")),
+    ],
+)  # fmt: skip
+def test_a_family_that_reads_across_the_borders_is_found_out(family: str, tmp_path: Path) -> None:
+    """By asking the model itself: no list of families stays true."""
+    model = AutoModelForCausalLM.from_pretrained(random_model(family, tmp_path / "base")).eval()
+
+    with torch.no_grad():
+        assert kept_apart(model, IDS) == (family not in LEAKING)
+
+
+def test_packing_for_a_model_that_reads_across_the_borders_is_refused(
+    job: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    tiny_model: Path,
+    tiny_run: Callable[..., Path],
+) -> None:
+    """Before the first step, with what to change."""
+    base = random_model("falcon", tmp_path / "base")
+    for path in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("*.jinja")):
+        shutil.copy(path, base)
+
+    outcome = job("run", tiny_run(model={"base": str(base)}, data={"packing": True}))
+
+    assert outcome.returncode == 64, outcome.stderr
+    assert "data.packing: falcon with sdpa attention does not keep packed examples apart" in outcome.stderr
+    assert "set data.packing to false" in outcome.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert not (tmp_path / "run" / "adapter").exists()

@@ -21,7 +21,8 @@ class Borders(TrainerCallback):
     """Raises `errors.ModelError` before the first step if the model of `trainer` reads across them in `tokens`."""
 
     def __init__(self, trainer: Trainer, tokens: Sequence[int]) -> None:
-        self._trainer, self._tokens = trainer, tokens[:_TOKENS]
+        self._trainer = trainer
+        self._tokens = list(dict.fromkeys(tokens))[:_TOKENS]  # where all are the same, nothing can be told apart
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         network: Any = self._trainer.model
