@@ -131,8 +131,9 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
     from job import checkpoint, cluster, launch, paths, publish, pull
 
     config, machine, store, cache, peers = here.machine.config, here.machine, here.store, here.cache, here.peers
-    files = pull.data(config.data.sources("train"), cache, base, config.data.images)
-    held_out = pull.data(config.data.sources("eval"), cache, base, config.data.images)
+    seeing = base if config.train.method == "sft" else None  # pairs of answers are compared on text only
+    files = pull.data(config.data.sources("train"), cache, seeing, config.data.images)
+    held_out = pull.data(config.data.sources("eval"), cache, seeing, config.data.images)
     log.phase("prepare")
     from job import prepare
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,15 @@ class Base:
     digest: str
     fingerprint: str = "any"
     """Names the files without their content: URL, names, sizes and versions."""
+
+
+_IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+_HIDDEN = re.compile(r"(^|/)[._]")  # of editors, and of file systems
+
+
+def is_image(key: str) -> bool:
+    """Whether a file of that name counts as an image: those are brought, and looked at for changes."""
+    return bool(_IMAGE.search(key)) and not _HIDDEN.search(key)
 
 
 @dataclass(frozen=True)

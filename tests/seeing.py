@@ -144,7 +144,7 @@ def records(folder: Path) -> None:
         for number in numbers:
             (folder / "img" / f"{number}.png").write_bytes(picture(number))
             parts = [{"type": "image", "image": f"img/{number}.png"}, {"type": "text", "text": "What colour is it?"}]
-            asked = {"role": "user", "content": parts if number % 9 else "What colour is a rose?"}
+            asked = {"role": "user", "content": parts if number % 9 else f"What colour is rose {number}?"}
             rows.append({"messages": [asked, {"role": "assistant", "content": "red" if number % 2 else "blue"}]})
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -198,7 +198,7 @@ def test_a_split_of_which_nothing_is_context_is_refused(
     prepared: Callable[..., Path], records: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The format says that there are questions; an example shows what would be learned."""
-    monkeypatch.setattr(tokens, "_overlaps", lambda _place, _spans: True)
+    monkeypatch.setattr(tokens, "_overlaps", lambda _place, spans: bool(spans))
     path = records("train.jsonl", [{"instruction": "What is 1 and 2?", "output": "It is 3."}] * 3)
 
     with pytest.raises(errors.DataError, match="every token would be learned, questions too") as caught:

@@ -208,7 +208,7 @@ def test_the_language_part_learns_and_what_sees_stays_whole(
     words = tokenizer.load(bases(family))
     rows = rendered(bases(family), LONG, PLAIN)
     vision = Vision(bases(family), words, None)
-    batch = Collator(vision, "<|im_end|>" * 2)(
+    batch = Collator(vision, "<|im_end|>" * 2, always=False)(
         [{"input_ids": r.input_ids, "labels": r.labels, "text": r.text, "pictures": list(r.images)} for r in rows]
     )
     settings = config.Model.model_validate({"base": bases(family).as_uri(), "quantization": quantization})
@@ -224,6 +224,39 @@ def test_the_language_part_learns_and_what_sees_stays_whole(
     assert all(p.grad is not None and p.grad.any() for name, p in trained.items() if "lora_B" in name)
     seen = [m for name, m in adapted.named_modules() if "vision" in name and type(m).__name__.startswith("Linear")]
     assert all(type(module) is torch.nn.Linear for module in seen)
+
+
+@pytest.mark.parametrize("family", seeing.SPECIAL)
+def test_a_batch_without_images_is_given_one_that_changes_nothing(family: str, bases: Callable[[str], Path]) -> None:
+    """Where processes share the model out: all of them go through all of it, or they wait for each other for ever."""
+    base = bases(family)
+    words = tokenizer.load(base)
+    (row,) = rendered(base, {"messages": [{"role": "user", "content": "Hi."}, ANSWER]})
+    (long,) = rendered(base, PLAIN)
+    rows = [{"input_ids": r.input_ids, "labels": r.labels, "text": r.text, "pictures": []} for r in (long, row)]
+    rows.append({"input_ids": [5, 6], "labels": [-100, -100], "text": "", "pictures": []})
+    settings = config.Model.model_validate({"base": base.as_uri(), "quantization": "none", "compute_dtype": "float32"})
+    network = lora.adapted(
+        weights.for_training(base, settings), config.Lora.model_validate({"dropout": 0.0, "targets": "all-linear"})
+    )
+    lora.draw(network, 0)
+    vision = Vision(base, words, None)
+
+    def learn(rows: list[dict[str, Any]], *, always: bool) -> tuple[float, set[str]]:
+        """The loss of the rows, and which parameters they reach."""
+        network.zero_grad()
+        loss = network(**Collator(vision, "<|im_end|>" * 2, always=always)(rows)).loss
+        loss.backward()
+        return float(loss.detach()), {name for name, p in network.named_parameters() if p.grad is not None}
+
+    (shown_row,) = rendered(base, LONG)
+    shown = {"input_ids": shown_row.input_ids, "labels": shown_row.labels, "text": shown_row.text}
+    _, every = learn([{**shown, "pictures": list(shown_row.images)}], always=True)
+    for given in (rows, rows[:2]):
+        usual, some = learn(given, always=False)
+        loss, reached = learn(given, always=True)
+        assert loss == pytest.approx(usual, rel=1e-5)
+        assert some < reached == every
 
 
 def test_all_linear_trains_what_sees_too(bases: Callable[[str], Path]) -> None:
@@ -409,7 +442,7 @@ def test_tokens_that_are_not_those_prepared_stop_the_training(bases: Callable[[s
     given: dict[str, Any] = {"input_ids": [5, *row.input_ids[1:]], "labels": row.labels, "text": row.text}
 
     with pytest.raises(errors.DataError, match=r"makes other tokens of .* than when the data were prepared"):
-        Collator(Vision(base, tokenizer.load(base), None), "")([{**given, "pictures": list(row.images)}])
+        Collator(Vision(base, tokenizer.load(base), None), "", always=False)([{**given, "pictures": list(row.images)}])
 
 
 def test_the_end_of_a_long_example_is_cut_behind_its_images(bases: Callable[[str], Path]) -> None:
@@ -418,7 +451,7 @@ def test_the_end_of_a_long_example_is_cut_behind_its_images(bases: Callable[[str
     whole = rendered(base, LONG)[0]
     row = rendered(base, LONG, max_length=len(whole.input_ids) - 4)[0]
 
-    batch = Collator(Vision(base, tokenizer.load(base), None), "")(
+    batch = Collator(Vision(base, tokenizer.load(base), None), "", always=False)(
         [{"input_ids": row.input_ids, "labels": row.labels, "text": row.text, "pictures": list(row.images)}]
     )
 

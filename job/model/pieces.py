@@ -20,6 +20,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )  # fmt: skip
+from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from job.model import parts
@@ -103,7 +104,7 @@ def outline(
     described: PretrainedConfig, dtype: torch.dtype, quantization: BitsAndBytesConfig | None, **how: object
 ) -> PreTrainedModel:
     """The modules of the model that `described` is the config of, quantized where they will be, without weights."""
-    with init_empty_weights(include_buffers=False):
+    with set_zero3_state(), init_empty_weights(include_buffers=False):  # DeepSpeed cannot share out what has no memory
         network: PreTrainedModel = kind(described).from_config(described, dtype=dtype, **how)
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)

@@ -1,5 +1,6 @@
 """The tokenizer of a base model, with the template by which conversations become text."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -8,6 +9,7 @@ from job import errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TEMPLATE = "chat_template.json"  # where older bases that see images keep theirs
 IGNORED = -100  # the label of a token without loss, by PyTorch's convention
 
 _HEADINGS = {"instruction-en": ("Instruction", "Input", "Response"), "instruction-zh": ("指令", "输入", "回答")}
@@ -46,6 +48,9 @@ def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False)
         raise errors.ModelError(
             f"model.base: the tokenizer in {base} has no eos_token: the model could not learn to stop"
         )
+    apart = base / _TEMPLATE
+    if not loaded.chat_template and apart.is_file():
+        loaded.chat_template = json.loads(apart.read_text(encoding="utf-8"))["chat_template"]
     _choose(loaded, template, base)
     return loaded
 

@@ -17,8 +17,9 @@ from job import errors
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_STAND = ("image_token_id", "video_token_id", "audio_token_id")  # in a config: tokens that the model replaces
 _PARTS = "vision_config"  # of the config.json of a model that sees images
 _FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
 
@@ -35,25 +36,55 @@ def copy(base: Path, target: Path) -> None:
             shutil.copyfile(base / name, target / name)
 
 
+def blank() -> bytes:
+    """An image on which there is nothing, as a file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    return file.getvalue()
+
+
 @dataclass(frozen=True)
 class Read:
-    """A text as the model reads it: token ids, and for each where it stands in the text, the images' in their place."""
+    """A text as the model reads it: with the words that stand for images in the place of their placeholders."""
 
     ids: list[int]
     places: list[tuple[int, int]]
+    """Of each token in the text that the model reads."""
     images: list[tuple[int, int, int]]
-    """For each image: where its placeholder began and ended in the text, and how much longer the image's text is."""
+    """For each image: where its placeholder began and ended in the text, and how much longer the image's words are."""
+
+    def moved(self, place: tuple[int, int]) -> tuple[int, int]:
+        """Where what stood at a place of the text stands in what the model reads."""
+        start, stop = (at + sum(more for _, end, more in self.images if end <= at) for at in place)
+        return start, stop
+
+    def shown(self) -> list[tuple[int, int]]:
+        """Where the words that stand for images are."""
+        found = []
+        for start, end, more in self.images:
+            began, _ = self.moved((start, start))
+            found.append((began, began + end - start + more))
+        return found
 
 
 class Vision:
     """The processor of the base in a folder, with the tokenizer that is given."""
 
     def __init__(self, base: Path, words: "PreTrainedTokenizerBase", max_pixels: int | None) -> None:
+        from transformers import AutoConfig
+
         self._max_pixels, self._words = max_pixels, words
         try:
-            self._processor = _load(base, words)
+            described = AutoConfig.from_pretrained(base, local_files_only=True)
+            self._processor = _load(base, words, described)
         except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as e:
             raise errors.ModelError(f"model.base: the image processor in {base} cannot be loaded: {e}") from e
+        stand = [number for name in _STAND if isinstance(number := getattr(described, name, None), int)]
+        marks = words.convert_ids_to_tokens(stand)
+        self.reserved = [str(mark) for mark in marks if mark and mark != self.placeholder]
+        """What stands for something that is seen or heard, and must not be in a text."""
 
     @property
     def placeholder(self) -> str:
@@ -63,42 +94,58 @@ class Vision:
     def read(self, text: str, images: Sequence[bytes]) -> Read:
         """The tokens of `text`, in which the `images` stand in their order.
 
-        Raises `ValueError` if an image cannot be read, or there are more or fewer of them than places for them.
+        Raises `ValueError` if an image cannot be read, or stands where the processor takes none, and
+        `errors.ModelError` if it does more to a text than to put words in the place of images.
         """
-        made = self._processor(
+        made = self._made(
             text=[text], images=[[self._opened(image) for image in images]] if images else None,
-            add_special_tokens=False, return_offsets_mapping=True, return_text_replacement_offsets=True,
+            add_special_tokens=False, return_text_replacement_offsets=True,
         )  # fmt: skip
-        replaced = (made.get("text_replacement_offsets") or [[]])[0]
-        if len(replaced) != len(images):
+        whole, shifts, end = "", [], 0
+        for each in (made.get("text_replacement_offsets") or [[]])[0]:
+            start, stop = each["span"]
+            whole += text[end:start] + each["replacement"]
+            shifts.append((start, stop, len(each["replacement"]) - (stop - start)))
+            end = stop
+        read = self._words(whole + text[end:], add_special_tokens=False, return_offsets_mapping=True)
+        if len(shifts) != len(images) or read["input_ids"] != list(made["input_ids"][0]):
             raise errors.ModelError(
-                f"model.base: {type(self._processor).__mro__[1].__name__} does not tell where images are in a text, "
-                "which is needed to find the trained tokens: train this base on text only, or use another one"
+                f"model.base: {self._name} does not tell what it does to a text with images, which is needed to find "
+                "the trained tokens: use a base of another family"
             )
-        shifts, before = [], 0
-        for each in replaced:
-            gained = each["new_span"][1] - each["span"][1]
-            shifts.append((*each["span"], gained - before))
-            before = gained
-        places = [(int(start), int(stop)) for start, stop in made["offset_mapping"][0]]
-        return Read(list(made["input_ids"][0]), places, shifts)
+        return Read(read["input_ids"], read["offset_mapping"], shifts)
 
     def batch(self, texts: Sequence[str], images: Sequence[Sequence[bytes]]) -> dict[str, "torch.Tensor"]:
         """What the model gets of several texts, filled up on the right to the longest."""
         if self._words.pad_token is None:
             self._words.pad_token = self._words.eos_token
         opened = [[self._opened(image) for image in each] for each in images]
-        made = self._processor(
+        made = self._made(
             text=list(texts), images=opened if any(opened) else None, add_special_tokens=False, padding=True,
             padding_side="right", return_tensors="pt",
         )  # fmt: skip
         return dict(made)
 
+    @property
+    def _name(self) -> str:
+        return str(type(self._processor).__mro__[1].__name__)
+
+    def _made(self, **given: Any) -> Any:  # noqa: ANN401 - transformers' kind of dict
+        try:
+            return self._processor(**given)
+        except ValueError:
+            raise
+        except Exception as e:  # each family fails in its own way
+            raise errors.ModelError(
+                f"model.base: {self._name} fails ({type(e).__name__}: {e}): the files of the base do not fit together, "
+                "or transformers cannot use them"
+            ) from e
+
     def _opened(self, image: bytes) -> "Image.Image":
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
-            opened = ImageOps.exif_transpose(Image.open(io.BytesIO(image))).convert("RGB")
+            opened = _coloured(ImageOps.exif_transpose(Image.open(io.BytesIO(image))))
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
             raise ValueError(f"an image cannot be read: {e}") from e
         width, height = opened.size
@@ -108,12 +155,25 @@ class Vision:
         return opened
 
 
-def _load(base: Path, words: "PreTrainedTokenizerBase") -> Any:  # noqa: ANN401 - each family has a class of its own
+def _coloured(image: "Image.Image") -> "Image.Image":
+    """In red, green and blue of 8 bits; what is transparent shows white, as in vLLM, whatever lies below."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel, and what is black or white in it is not told: save it with 8")
+    if "A" in image.getbands() or "transparency" in image.info:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return image.convert("RGB")
+
+
+def _load(base: Path, words: "PreTrainedTokenizerBase", described: "PretrainedConfig") -> Any:  # noqa: ANN401 - each family has a class of its own
     """The processor, which takes no part for videos: those need torchvision, and nothing here is a video."""
-    from transformers import AutoConfig, AutoImageProcessor
+    from transformers import AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    described = AutoConfig.from_pretrained(base, local_files_only=True)
     known: Any = PROCESSOR_MAPPING.get(type(described), None)
     if known is None:
         raise ValueError(f"transformers has no processor for {described.model_type}")

@@ -5,18 +5,16 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from job import errors, log, manifest, paths, storage
 from job.config import Config
 from job.inputs import Base, DataFile, Prepared
 from job.manifest import Manifest
 from job.model import tokenizer, vision
+from job.prepare.crew import Recipe
 from job.prepare.preparation import Preparation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _WORDS = Path(tokenizer.__file__)
 _MODEL = (_WORDS, Path(vision.__file__), *sorted(_WORDS.parent.glob("legacy/*.py")))
@@ -48,8 +46,7 @@ def dataset(
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        words = tokenizer.load(base.path, config.data.template, trust_remote_code=config.model.trust_remote_code)
-        Preparation(config, words, partial, _eyes(config, base, words)).run(train, evaluation)
+        Preparation(config, _recipe(config, base), partial).run(train, evaluation)
         whole = manifest.seal(partial)
         place.fill(partial)
     log.event(
@@ -61,16 +58,23 @@ def dataset(
     return Prepared(target, _digest(whole))
 
 
-def _eyes(config: Config, base: Base, words: "PreTrainedTokenizerBase") -> vision.Vision | None:
-    """What sees images, if the base does; one whose processor is not to be had can be trained on text."""
+def _recipe(config: Config, base: Base) -> Recipe:
+    """How examples are rendered for `base`; one whose image processor is not to be had can be trained on text."""
+    data = config.data
+    blind = Recipe(
+        base.path.absolute(), data.template, config.model.trust_remote_code, data.max_length, data.loss_on,
+        data.max_pixels, "the base model does not see them",
+    )  # fmt: skip
     told = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     if not vision.sees(told) or config.train.method == "dpo":
-        return None
+        return blind
+    words = blind.renderer().tokenizer
     try:
-        return vision.Vision(base.path, words, config.data.max_pixels)
+        vision.Vision(base.path, words, data.max_pixels)
     except errors.ModelError as e:
         log.warn("prepare.blind", f"{e}; it is trained on text only")
-        return None
+        return replace(blind, blind=str(e))
+    return replace(blind, blind="")
 
 
 def _refuse_leak(train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from job import config
-from job.prepare.turns import IMAGE, READ, BadRecordError, Message, answered, image, read_tools, trained, turn, whole
+from job.prepare.turns import READ, BadRecordError, Message, answered, placed, read_tools, trained, turn, whole
 
 _NAMES = ", ".join(get_args(config.Data.model_fields["format"].annotation)[1:])
 
@@ -112,52 +112,22 @@ def _plain_text(record: Mapping[str, Any], _heading: str) -> Example:
     text = _text(record, "text")
     if not text.strip():
         raise BadRecordError("empty text")
+    if any(record.get(key) for key in _SEEN):
+        raise BadRecordError("is text with images, which have no place in it: write it as messages")
     return Example(text=whole(text))
 
 
 def _conversation(turns: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Example:
     messages = [turn(each, number) for number, each in enumerate(turns, start=1)]
     answered(messages)
-    images = _placed(messages, record)
     system = _optional(record, "system")
     if system.strip():
         if messages and messages[0]["role"] == "system":
             raise BadRecordError("has a system message twice: as the first turn, and as system")
         messages.insert(0, {"role": "system", "content": system})
+    images = placed(messages, record)
     tools = read_tools(record["tools"]) if record.get("tools") else ()
     return Example(messages=tuple(messages), tools=tools, trained=trained(turns), images=images)
-
-
-def _placed(messages: Sequence[Message], record: Mapping[str, Any]) -> tuple[str | bytes, ...]:
-    """The images of a conversation, each with its sign in the `messages`, which lose everything else about them.
-
-    A record may name them in its turns, or besides: then they belong where the turns have parts without a name, or the
-    word <image>, or else before the first question.
-    """
-    given = record.get("images") if record.get("images") is not None else record.get("image")
-    named = [made for each in (given if isinstance(given, list) else [given]) if (made := image(each))]
-    if any("images" in message and message["role"] == "assistant" for message in messages):
-        raise BadRecordError("an answer holds an image, and answers are text")
-    found = [each for message in messages for each in message.pop("images", ())]
-    if named and not found:
-        asked = [message for message in messages if message["role"] == "user"]
-        words = sum(message["content"].count(_WORD) for message in asked)
-        for message in asked if words else ():
-            message["content"] = message["content"].replace(_WORD, IMAGE)
-        if not words and asked:
-            asked[0]["content"] = IMAGE * len(named) + asked[0]["content"]
-        found = [None] * (words or len(named))
-    free = found.count(None)
-    if free != len(named):
-        raise BadRecordError(f"names {len(named)} images besides its turns, and has {free} places for them")
-    besides = iter(named)
-    placed = [next(besides) if each is None else each for each in found]
-    whole = tuple(each for each in placed if each)
-    if len(whole) < len(placed):
-        raise BadRecordError("an image of its turns is empty")
-    if sum(message["content"].count(IMAGE) for message in messages) != len(whole):
-        raise BadRecordError("holds U+FDD0, which is no character")
-    return whole
 
 
 def _preference(record: Mapping[str, Any], input_heading: str) -> Example:
@@ -224,7 +194,6 @@ def _optional(record: Mapping[str, Any], key: str) -> str:
 
 
 _SEEN = ("image", "images")
-_WORD = "<image>"  # as LLaVA and its relatives write it
 _TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 _KEYS = {
     "preference": {"chosen", "rejected"},

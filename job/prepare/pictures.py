@@ -1,17 +1,28 @@
 """The images that records name, as bytes: found in the folder that they lie in, and nowhere else."""
 
 import base64
-import binascii
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
-from job.inputs import DataFile
+from job.inputs import DataFile, is_image
 from job.prepare.formats import Example
-from job.prepare.turns import BadRecordError
+from job.prepare.turns import INLINE, WORD, BadRecordError
 
-_INLINE = "data:image/"
+_OTHERS = ("video", "videos", "audio", "audios")
 _SHOWN = 100  # characters
+_NAME = 1024  # characters: what is longer is no name, but an image as base64
+
+
+def check(record: Mapping[str, Any], example: Example) -> None:
+    """Raise `BadRecordError` if a record has something to see or hear that `example`, which was made of it, lacks."""
+    other = [key for key in _OTHERS if record.get(key)]
+    if other:
+        raise BadRecordError(f"has {other[0]}, and of what is no text only images can be used")
+    if not example.images and any(WORD in each["content"] for each in example.messages if each["role"] == "user"):
+        raise BadRecordError(f"has {WORD} in a question, and names no image (in image or images)")
 
 
 def opened(example: Example, file: DataFile) -> Example:
@@ -24,24 +35,29 @@ def opened(example: Example, file: DataFile) -> Example:
 def _read(image: str | bytes, file: DataFile) -> bytes:
     if isinstance(image, bytes):
         return image
-    if image.startswith(_INLINE):
+    if image.startswith(INLINE) or len(image) > _NAME:
         try:
-            return base64.b64decode(image.partition(",")[2], validate=True)
-        except binascii.Error as e:
-            raise BadRecordError(f"an image in the record itself is not base64: {e}") from e
+            return base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
+        except ValueError as e:
+            raise BadRecordError(f"an image in the record itself ({_short(image)}) is not base64: {e}") from e
     if file.images is None:
         raise BadRecordError(
             f"names the image {_short(image)}, and there are no images beside the file: set data.images to the folder "
             "in which they lie"
         )
-    path = _path(image, file.images.url, file.images.path)
+    name = _inner(image, file.images.url)
+    if not is_image(name):
+        raise BadRecordError(
+            f"the image {_short(image)} is not called as images are (.jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff)"
+        )
     try:
-        return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return (file.images.path / name).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):  # names that no file can have
         raise BadRecordError(f"the image {_short(image)} is not in {file.images.url}") from None
 
 
-def _path(image: str, url: str, folder: Path) -> Path:
+def _inner(image: str, url: str) -> str:
+    """The path of an image in the folder at `url`."""
     inner = image
     if "://" in image:
         if not image.startswith(f"{url}/"):
@@ -53,7 +69,7 @@ def _path(image: str, url: str, folder: Path) -> Path:
         inner = unquote(inner) if url.startswith("file://") else inner
     if Path(inner).is_absolute() or ".." in Path(inner).parts:
         raise BadRecordError(f"the image {_short(image)} leads out of {url}: name it by its path below that")
-    return folder / inner
+    return Path(inner).as_posix()
 
 
 def _short(image: str) -> str:

@@ -1,11 +1,11 @@
 """One preparation under way: read, convert, render, tokenize, write, choose, and count."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +14,13 @@ from job import errors, log
 from job.config import Config
 from job.inputs import DataFile
 from job.model import tokenizer
-from job.model.vision import Vision
 from job.prepare import formats, judge, pictures, records, select
+from job.prepare.crew import Batch, Crew, Recipe, Rows
 from job.prepare.formats import Example
 from job.prepare.records import Record
 from job.prepare.tally import SHOWN, Tally
-from job.prepare.tokens import Renderer, Row, marked
+from job.prepare.tokens import Row, marked
 from job.prepare.turns import BadRecordError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _BATCH, _CHARACTERS = 1000, 2_000_000  # records tokenized at once, or fewer if they are so long
 _TOKENS = pa.list_(pa.int32())
@@ -36,29 +33,28 @@ _PART = 600  # characters of an example in a message
 class Preparation:
     """Writes ``train.arrow``, perhaps ``eval.arrow``, ``data.json`` and ``sample.txt`` into `target`."""
 
-    def __init__(
-        self, config: Config, words: "PreTrainedTokenizerBase", target: Path, vision: Vision | None = None
-    ) -> None:
-        self._data, self._seed, self._words, self._target = config.data, config.run.seed, words, target
+    def __init__(self, config: Config, recipe: Recipe, target: Path) -> None:
+        self._data, self._seed, self._target = config.data, config.run.seed, target
         self._pairs = config.train.method == "dpo"
-        self._sees = vision is not None
-        self._schema = _SEEN if vision else _PAIRS if self._pairs else _SCHEMA
-        self._renderer = Renderer(words, config.data.max_length, config.data.loss_on, vision)
+        self._blind = recipe.blind
+        self._schema = _SEEN if not recipe.blind else _PAIRS if self._pairs else _SCHEMA
+        self._renderer = recipe.renderer()
+        self._words = self._renderer.tokenizer
+        self._crew = Crew(self._renderer, recipe)
         self._sample, self._seen = "", False
 
     def run(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
         """Prepare both splits; raises `errors.DataError`."""
         halved = self._data.eval_fraction > 0
         tallies, marks = {}, {}
-        tallies["train"], marks["train"] = self._split("train", train, kept=True if halved else None)
-        if halved or evaluation:
-            files, kept = (train, False) if halved else (evaluation, None)
-            tallies["eval"], marks["eval"] = self._split("eval", files, kept=kept)
+        with contextlib.closing(self._crew):
+            tallies["train"], marks["train"] = self._split("train", train, kept=True if halved else None)
+            if halved or evaluation:
+                files, kept = (train, False) if halved else (evaluation, None)
+                tallies["eval"], marks["eval"] = self._split("eval", files, kept=kept)
         if self._schema is _SEEN and not self._seen:
             for split in tallies:  # a base that sees images is trained on text like any other
                 select.columns(self._target / f"{split}.arrow", _SCHEMA.names)
-        if self._seen and self._data.packing:
-            raise errors.DataError("data.packing: the records have images, which are not packed: set it to false")
         if self._renderer.eos_added:
             log.warn(
                 "prepare.eos",
@@ -82,13 +78,17 @@ class Preparation:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for number, file in enumerate(files):
                 examples = self._examples(file, tally, kept)
-                for batch in _batches(examples):
-                    rows = list(self._rows(batch, tally))
+                for batch, made in self._crew.rows(_batches(examples)):
+                    rows = list(_good(batch, made, tally))
                     if rows:
                         writer.write_batch(pa.record_batch(_columns(rows, schema), schema=schema))
                     for row in rows:
                         marks.add(row, number)
                         self._seen |= bool(row.images)
+                    if self._seen and self._data.packing:
+                        raise errors.DataError(
+                            "data.packing: the records have images, which are not packed: set it to false"
+                        )
                     if rows and not self._sample:
                         self._sample = marked(self._words, rows[0])
         tally.measure(path)
@@ -160,8 +160,10 @@ class Preparation:
             return None, record.reason
         try:
             example = formats.convert(record.value, name, heading)
-            if example.images and not self._sees:
-                return None, "has images, and the base model does not see them"
+            if example.images and self._blind:
+                return None, f"has images, and {self._blind}"
+            if not self._blind:
+                pictures.check(record.value, example)
             return pictures.opened(example, file), ""
         except BadRecordError as e:
             return None, str(e)
@@ -177,14 +179,6 @@ class Preparation:
         except BadRecordError as e:
             raise errors.DataError(f"{file.url}:{first.place if first else 0}: the first record {e}") from e
 
-    def _rows(self, batch: Sequence[tuple[str, Example]], tally: Tally) -> Iterator[Row]:
-        for (where, _), row in zip(batch, self._renderer.rows([example for _, example in batch]), strict=True):
-            if isinstance(row, BadRecordError):
-                tally.reject(where, str(row))
-            else:
-                tally.truncated += row.truncated
-                yield row
-
     def _hopeless(self, tally: Tally) -> bool:
         """Enough has been seen to know that the run will be refused: do not read on."""
         return tally.bad > SHOWN and not self._data.skip_bad_share
@@ -197,6 +191,16 @@ class Preparation:
         told = content if isinstance(content, str) else _told(content)
         drawn = hashlib.sha256(f"{self._seed} {told}".encode()).digest()
         return int.from_bytes(drawn[:8], "big") / 2**64 >= self._data.eval_fraction
+
+
+def _good(batch: Batch, made: Rows, tally: Tally) -> Iterator[Row]:
+    """The rows among what was made of a batch."""
+    for (where, _), row in zip(batch, made, strict=True):
+        if isinstance(row, BadRecordError):
+            tally.reject(where, str(row))
+        else:
+            tally.truncated += row.truncated
+            yield row
 
 
 def _batches(examples: Iterator[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:

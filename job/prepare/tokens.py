@@ -45,7 +45,7 @@ class Renderer:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", max_length: int, loss_on: str, vision: Vision | None = None
     ) -> None:
-        self._tokenizer, self._max_length, self._loss_on, self._vision = tokenizer, max_length, loss_on, vision
+        self.tokenizer, self._max_length, self._loss_on, self._vision = tokenizer, max_length, loss_on, vision
         self.eos_added = 0  # conversations whose template does not end the last answer
         self._template = Template(tokenizer)
 
@@ -82,8 +82,8 @@ class Renderer:
             return e
 
     def _text(self, text: str) -> tuple[str, Spans]:
-        eos, bos = str(self._tokenizer.eos_token or ""), str(self._tokenizer.bos_token or "")
-        if _adds_bos(self._tokenizer) and not text.startswith(bos):
+        eos, bos = str(self.tokenizer.eos_token or ""), str(self.tokenizer.bos_token or "")
+        if _adds_bos(self.tokenizer) and not text.startswith(bos):
             text = bos + text
         text = text if text.endswith(eos) else text + eos
         return text, [(0, len(text))]
@@ -94,19 +94,21 @@ class Renderer:
         there = text.count(vision.placeholder)
         if there != len(held):
             return BadRecordError(f"has {len(held)} images, and {vision.placeholder} stands {there} times in its text")
+        if written := [mark for mark in vision.reserved if mark in text]:
+            return BadRecordError(f"has {written[0]} in its text, which stands for what the model sees")
         try:
             read = vision.read(text, held)
         except ValueError as e:
             return BadRecordError(str(e))
-        last = read.images[-1][1] + sum(more for *_, more in read.images) if held else 0
+        shown = read.shown()
+        last = shown[-1][1] if shown else 0
         seen = sum(start < last for start, _ in read.places)
         if seen > self._max_length:
             return BadRecordError(
                 f"its images end after {seen} tokens, and data.max_length is {self._max_length}: raise it, or make the "
                 "images smaller with data.max_pixels"
             )
-        moved = [tuple(at + sum(more for _, end, more in read.images if end <= at) for at in span) for span in spans]
-        row = self._row(read.ids, read.places, [(start, stop) for start, stop in moved])
+        row = self._row(read.ids, read.places, [read.moved(span) for span in spans], shown)
         return row if isinstance(row, BadRecordError) else replace(row, text=text, images=held)
 
     def _conversation(self, example: Example) -> tuple[str, Spans]:
@@ -135,7 +137,7 @@ class Renderer:
             stop = text.find(self._template.end, start)
             if stop < 0 and number == len(example.messages) - 1:
                 self.eos_added += 1
-                text = text.rstrip() + str(self._tokenizer.eos_token)
+                text = text.rstrip() + str(self.tokenizer.eos_token)
                 end = len(text)
             elif stop < 0:
                 raise BadRecordError(f"the chat template does not end the answer in turn {number + 1}")
@@ -178,7 +180,7 @@ class Renderer:
             end = stop + len(after)
         if not self._template.end_of_turn.match(pieces[-1]):
             self.eos_added += 1
-            text = text[: spans[-1][1]] + str(self._tokenizer.eos_token)
+            text = text[: spans[-1][1]] + str(self.tokenizer.eos_token)
             spans[-1] = (spans[-1][0], len(text))
         return text, spans
 
@@ -195,12 +197,15 @@ class Renderer:
     def _encode(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
         if not texts:
             return []
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
-    def _row(self, ids: list[int], offsets: Spans, spans: Spans) -> Row | BadRecordError:
+    def _row(
+        self, ids: list[int], offsets: Spans, spans: Spans, shown: Sequence[tuple[int, int]] = ()
+    ) -> Row | BadRecordError:
+        """A row of which `spans` are learned, and never what stands for images, which is `shown`."""
         labels = [
-            token if self._loss_on == "all" or _overlaps(place, spans) else IGNORED
+            token if (self._loss_on == "all" or _overlaps(place, spans)) and not _overlaps(place, shown) else IGNORED
             for token, place in zip(ids, offsets, strict=True)
         ]
         cut = labels[: self._max_length]
@@ -223,7 +228,7 @@ def marked(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
     return _MANY.sub(lambda found: f"{found[1]} (x {len(found[0]) // len(found[1])})", whole)
 
 
-def _overlaps(place: tuple[int, int], spans: Spans) -> bool:
+def _overlaps(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     return any(place[0] < stop and place[1] > start for start, stop in spans)
 
 

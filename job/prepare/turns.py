@@ -19,7 +19,9 @@ _KEPT = ("name", "tool_call_id", "reasoning_content")
 IMAGE = "\ufdd0"  # stands for an image in the content of a turn; by Unicode no character, so that no text holds it
 Image = str | bytes | None
 """Where an image lies, or what it is; None for one of those that the record names besides."""
+WORD = "<image>"  # as LLaVA and its relatives write its place
 _IMAGES = ("image", "image_url", "input_image")
+INLINE = "data:image/"  # how a URL begins that holds the image itself
 _IMAGE_KEYS = ("image", "image_url", "url", "path")
 READ = {"role", "from", "content", "value", "tool_calls", "function_call", *_WEIGHTS, *_KEPT}  # keys of a turn
 
@@ -107,10 +109,47 @@ def _either(given: Mapping[str, Any], one: str, other: str) -> object:
 def image(given: object) -> Image:
     """An image as records name it: a path or URL, or an object that holds one, or the bytes; None if it is nothing."""
     if isinstance(given, dict):
+        if isinstance(given.get("bytes"), str):
+            given = {"url": f"{INLINE}any;base64,{given['bytes']}"}
         given = next((given[key] for key in ("bytes", "path", "url") if given.get(key) is not None), None)
     if given is not None and not isinstance(given, str | bytes):
         raise BadRecordError(f"an image is of type {type(given).__name__}, not a path, a URL or bytes")
     return given
+
+
+def placed(messages: Sequence[Message], record: Mapping[str, Any]) -> tuple[str | bytes, ...]:
+    """The images of a conversation, each with its sign in the `messages`, which lose everything else about them.
+
+    A record may name them in its turns, or besides: then they belong where the turns have parts without a name, or the
+    word <image>, or else before the first question.
+    """
+    given = record.get("images") if record.get("images") is not None else record.get("image")
+    named = [image(each) for each in (given if isinstance(given, list) else [given] if given else [])]
+    empty = [number for number, each in enumerate(named, start=1) if not each]
+    if empty:
+        raise BadRecordError(f"image {empty[0]} of its images is empty")
+    if any("images" in message and message["role"] == "assistant" for message in messages):
+        raise BadRecordError("an answer holds an image, and answers are text")
+    found = [each for message in messages for each in message.pop("images", ())]
+    if named and not found:
+        asked = [message for message in messages if message["role"] == "user"]
+        words = sum(message["content"].count(WORD) for message in asked)
+        for message in asked if words else ():
+            message["content"] = message["content"].replace(WORD, IMAGE)
+        if not words and asked:
+            asked[0]["content"] = IMAGE * len(named) + asked[0]["content"]
+        found = [None] * (words or len(named))
+    free = found.count(None)
+    if free != len(named):
+        raise BadRecordError(f"names {len(named)} images besides its turns, and has {free} places for them")
+    besides = iter(named)
+    each_in_place = [next(besides) if each is None else each for each in found]
+    there = tuple(each for each in each_in_place if each)
+    if len(there) < len(each_in_place):
+        raise BadRecordError("an image of its turns is empty")
+    if sum(message["content"].count(IMAGE) for message in messages) != len(there):
+        raise BadRecordError("holds U+FDD0, which is no character")
+    return there
 
 
 def _content(content: object, number: int) -> tuple[str, list[Image]]:

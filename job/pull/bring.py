@@ -36,7 +36,7 @@ def preflight(
     sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
     found = [looked.base(config), *(looked.data(source.url) for source in sources)]
     kind = looked.kind(config, found[0])
-    found += _images(config, sources) if kind.sees else ()
+    found += _images(config, sources) if kind.sees and config.train.method == "sft" else ()
     conversions = cache.conversions(found[0].fingerprint)
     for place in conversions:
         keep.enter_context(storage.used(place))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from job import errors, log, manifest, paths, storage
+from job import errors, inputs, log, manifest, paths, storage
 from job.config import Config
 from job.model import legacy, prequantized, vision
 
@@ -15,7 +15,6 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
 _PICKLED = re.compile(r"^pytorch_model.*\.bin$")
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})(\.safetensors|\.bin)$")
-_IMAGES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
 _HIDDEN = re.compile(r"(^|/)[._]")  # of editors, and of file systems
 _SHOWN = 8  # names in one line
@@ -166,10 +165,14 @@ def _weights(names: set[str], where: str) -> set[str]:
 def images(folder: str | None, url: str) -> Found | None:
     """The images in `folder`, or beside the data at `url` if no folder is given: None if there are none.
 
-    Raises `errors.NotFoundError` if there are none in the folder.
+    Beside data in the root of a bucket lies everything that is in it: from there none are taken unasked. Raises
+    `errors.NotFoundError` if there are none in the folder.
     """
-    source = storage.source(folder or url.rpartition("/")[0])
-    entries = [e for e in source.list() if _IMAGES.search(e.key) and not _HIDDEN.search(e.key)]
+    place = folder or url.rpartition("/")[0]
+    if not folder and re.fullmatch("s3://[^/]+", place):
+        return None
+    source = storage.source(place)
+    entries = [e for e in source.list() if inputs.is_image(e.key)]
     if not entries and folder:
         raise errors.NotFoundError(f"data.images: {folder} holds no images: correct the URL, or upload them there")
     return Found(source, entries) if entries else None

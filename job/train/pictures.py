@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from job import errors
+from job.model import vision
 from job.model.tokenizer import IGNORED
 from job.model.vision import Vision
 from job.train.trainer import Trainer
@@ -24,9 +25,20 @@ class Collator:
     vision: Vision
     blank: str
     """A text for rows that only fill a batch up."""
+    always: bool
+    """Give the model an image in every batch: processes that share it out wait for each other in all of its parts."""
+
+    def __post_init__(self) -> None:
+        self._image = vision.blank()
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        made = self.vision.batch([row["text"] or self.blank for row in rows], [row[COLUMN] for row in rows])
+        texts, images = [row["text"] or self.blank for row in rows], [row[COLUMN] for row in rows]
+        added = self.always and not any(images)
+        if added:  # behind what is looked at, where it changes nothing
+            shortest = min(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
+            texts[shortest] += self.vision.placeholder
+            images[shortest] = [self._image]
+        made = self.vision.batch(texts, images)
         ids, mask = made["input_ids"], made["attention_mask"]
         labels = torch.full_like(ids, IGNORED)
         for number, row in enumerate(rows):
@@ -39,7 +51,7 @@ class Collator:
                 )
             labels[number, :length] = torch.tensor(row["labels"])
             mask[number, length:] = 0
-        longest = int(mask.sum(1).max())
+        longest = ids.shape[1] if added else int(mask.sum(1).max())
         cut = {name: value[:, :longest] if value.shape == ids.shape else value for name, value in made.items()}
         return {**cut, "labels": labels[:, :longest]}
 
