@@ -51,7 +51,7 @@ def _write(
     shutil.copytree(plain, folder)
     kept, meant = Weights(), Weights()
     for name, tensor in load_file(plain / "model.safetensors").items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith("_proj.weight") or "vision" in name or "visual" in name:
             kept[name] = meant[name] = tensor
             continue
         inputs = tensor.shape[1]

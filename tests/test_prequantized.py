@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import quantized
+import seeing
 import torch
 from conftest import take_back
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from test_families import random_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from job import config, errors, inputs
 from job.launch import strategy
 from job.model import lora, weights
+from job.model.prequantized import PACKED, linear
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 IDS = torch.arange(40)[None] * 7 % 300
@@ -115,6 +118,14 @@ def test_a_run_on_a_packed_base_goes_on_exactly_and_ends_in_a_plain_model(
             "by gptq with layers that are quantized in different ways (dynamic)",
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "by awq with version gemv"),
+        (
+            {"quant_method": "awq", "bits": "4", "group_size": 32, "checkpoint_format": "gemv_fast"},
+            "by awq with version gemv_fast",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 32, "is_marlin_format": True},
+            "by gptq with format marlin, where gptq and gptq_v2 can be read",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_before_it_is_fetched(
@@ -168,6 +179,21 @@ _Q = "model.layers.0.self_attn.q_proj"
         (lambda held: held.pop(f"{_Q}.scales"), rf"{_Q} is .* and should be "),
         (lambda held: held.update({f"{_Q}.qweight": held[f"{_Q}.qweight"][:-1].contiguous()}), rf"{_Q} is .* \(gptq"),
         (lambda held: held.update({f"{_Q}.bias": torch.ones(64)}), f"{_Q} has a bias in its files, and none in"),
+        (lambda held: held[f"{_Q}.scales"][0].fill_(torch.nan), f"{_Q}.scales holds NaN or infinity: the model is dam"),
+        (lambda held: held[f"{_Q}.g_idx"].fill_(-1), f"{_Q}.g_idx names a group that there is not"),
+        (lambda held: held[f"{_Q}.g_idx"].fill_(9), f"{_Q}.g_idx names a group that there is not"),
+        (
+            lambda held: held.update({f"{_Q}.qweight": held[f"{_Q}.qweight"].long()}),
+            f"{_Q}.qweight is of torch.int64 in its files, which no known format has there",
+        ),
+        (
+            lambda held: held.update({f"{_Q}.scales": held[f"{_Q}.scales"].int()}),
+            f"{_Q}.scales is of torch.int32 in its files",
+        ),
+        (
+            lambda held: held.update({"model.norm.weight": torch.ones(1)}),
+            r"model.norm.weight has the shape \[1\] in its files, and \[64\] in the model that config.json tells of",
+        ),
         (lambda held: held.pop("model.norm.weight"), "1 weights lack or have no place in it, the first is model.norm"),
         (lambda held: held.update({f"{_Q}.perm": torch.ones(64)}), f"the first is {_Q}.perm: use the original weights"),
         (
@@ -185,6 +211,94 @@ def test_files_that_do_not_fit_are_named(
 
     with pytest.raises(errors.ModelError, match=message):
         weights.for_training(base, settings(base))
+
+
+def test_a_bias_that_the_model_wants_is_not_left_out(tmp_path: Path) -> None:
+    """Qwen2 adds one to its queries, and would answer something else without it."""
+    quantized.gptq(random_model("qwen2", tmp_path / "plain"), tmp_path / "base")
+    base = damaged(tmp_path / "base", lambda held: held.pop(f"{_Q}.bias"))
+
+    with pytest.raises(errors.ModelError, match=rf"{_Q} is .* and should be .*'bias': \(64,\)"):
+        weights.for_training(base, settings(base))
+
+
+def test_a_packed_head_is_not_that_of_the_embeddings(tiny_model: Path, tmp_path: Path) -> None:
+    """As a config.json that says so asks for."""
+    quantized.gptq(tiny_model, tmp_path / "base")
+    base = damaged(
+        tmp_path / "base",
+        lambda held: [held.update({f"lm_head.{leaf}": held[f"{_Q}.{leaf}"].clone()}) for leaf in PACKED],
+    )
+    told = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**told, "tie_word_embeddings": True}))
+
+    with pytest.raises(errors.ModelError, match="lm_head is quantized in its files, and shared with the embeddings"):
+        weights.for_training(base, settings(base))
+
+
+def test_a_base_that_sees_images_may_be_packed_too(tmp_path: Path) -> None:
+    """Its files name their parts as older versions of transformers did; what sees is not packed, as people do it."""
+    plain_base = seeing.base("qwen2_5_vl", tmp_path / "plain")
+    meant = quantized.gptq(plain_base, tmp_path / "base")
+
+    network = weights.for_training(tmp_path / "base", settings(tmp_path / "base"))
+
+    assert sum(isinstance(module, linear.QuantizedLinear) for module in network.modules()) == 2 * 7
+    save_file(meant, plain_base / "model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForImageTextToText.from_pretrained(plain_base, dtype=torch.float32)
+    torch.testing.assert_close(network(IDS).logits, expected(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_how_the_base_answers_stays_with_it(tiny_model: Path, tmp_path: Path) -> None:
+    """Several tokens that end an answer, and how to draw the next one, are in a file of their own."""
+    quantized.gptq(tiny_model, tmp_path / "base")
+    told = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 1]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(told))
+
+    merged = weights.for_merging(tmp_path / "base", settings(tmp_path / "base"), "float32")
+
+    assert merged.generation_config
+    assert merged.generation_config.to_diff_dict().items() >= told.items()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held: held.update({"layers.0.experts.3.up_proj.qweight": torch.ones(8, 8)}), "the experts of"),
+        (lambda held: [held.pop(name) for name in list(held) if name.endswith(".qweight")], "and its files hold none:"),
+    ],
+)
+def test_what_the_names_in_the_files_tell_is_said_before_they_are_fetched(
+    change: Callable[[quantized.Weights], object],
+    message: str,
+    job: Job,
+    tiny_model: Path,
+    tiny_run: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """They stand at the beginning of each file."""
+    quantized.gptq(tiny_model, tmp_path / "base")
+    base = damaged(tmp_path / "base", change)
+
+    outcome = job("validate", tiny_run(model={"base": str(base)}))
+
+    assert outcome.returncode == 64
+    assert message in outcome.stderr
+
+
+def test_an_old_base_that_tells_so_in_another_file_is_refused_at_once(
+    job: Job, tiny_model: Path, tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With what to change in it."""
+    quantized.gptq(tiny_model, tmp_path / "base")
+    told = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "quantize_config.json").write_text(json.dumps(told.pop("quantization_config")))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(told))
+
+    outcome = job("validate", tiny_run(model={"base": str(tmp_path / "base")}))
+
+    assert outcome.returncode == 64
+    assert "has quantize_config.json beside a config.json that says nothing of it" in outcome.stderr
 
 
 def test_a_file_that_is_broken_is_explained(tiny_model: Path, tmp_path: Path) -> None:

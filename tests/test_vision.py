@@ -1,7 +1,9 @@
 """Bases that see images: records with images become what the model sees, and its language part learns from them."""
 
 import base64
+import io
 import json
+import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,16 +18,18 @@ import torch
 from conftest import S3, take_back
 from datasets import Dataset
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from job import config, errors, inputs
-from job.model import lora, tokenizer, weights
+from job.model import lora, tokenizer, vision, weights
 from job.model.vision import Vision
 from job.prepare import pictures
 from job.prepare.formats import Example, convert
 from job.prepare.tokens import Renderer, Row, marked
 from job.prepare.turns import IMAGE, BadRecordError
+from job.pull import look
 from job.train.pictures import Collator
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
@@ -124,6 +128,8 @@ def test_images_are_found_wherever_records_name_them(name: str, record: dict[str
         ({"messages": [ASKED, {**ANSWER, "content": [{"type": "image", "image": "a"}]}]}, "answers are text"),
         ({"messages": [turn({"type": "audio"}), ANSWER]}, "a part of turn 1 is of type audio, neither text nor image"),
         ({"messages": [{"role": "user", "content": f"{IMAGE}?"}, ANSWER]}, r"holds U\+FDD0, which is no character"),
+        ({"messages": [ASKED, ANSWER], "system": IMAGE}, r"holds U\+FDD0, which is no character"),
+        ({"messages": [ASKED, ANSWER], "images": ["a", {"bytes": None}]}, "image 2 of its images is empty"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_images_is_told(record: dict[str, object], message: str) -> None:
@@ -136,11 +142,12 @@ def test_images_are_taken_from_their_folder_by_path_url_or_as_they_are(tmp_path:
     """Also those that the record itself holds, as Parquet files of the hub do, and pages of the web."""
     (tmp_path / "a b.png").write_bytes(b"beside")
     file = inputs.DataFile("s3://b/d/x.jsonl", tmp_path / "x", "", images=inputs.Images("s3://b/d", tmp_path, ""))
-    inline = f"data:image/png;base64,{base64.b64encode(b'inline').decode()}"
+    inline = f"data:image/png;base64,{base64.encodebytes(b'in line' * 12).decode()}"
+    plain = base64.b64encode(b"plain" * 400).decode()
 
-    example = pictures.opened(Example(images=("a b.png", "s3://b/d/a b.png", b"held", inline)), file)
+    example = pictures.opened(Example(images=("a b.png", "s3://b/d/a b.png", b"held", inline, plain)), file)
 
-    assert example.images == (b"beside", b"beside", b"held", b"inline")
+    assert example.images == (b"beside", b"beside", b"held", b"in line" * 12, b"plain" * 400)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +159,10 @@ def test_images_are_taken_from_their_folder_by_path_url_or_as_they_are(tmp_path:
         ("../secret", "leads out of s3://b/d"),
         ("/etc/passwd", "leads out of s3://b/d"),
         ("data:image/png;base64,###", "is not base64"),
+        ("a\0b.png", "the image a\0b.png is not in s3://b/d"),
+        (f"{'a' * 300}.png", "is not in s3://b/d"),
+        ("secret", r"the image secret is not called as images are \(.jpg"),
+        ("_new/a.png", "the image _new/a.png is not called as images are"),
     ],
 )
 def test_an_image_that_cannot_be_had_is_named(image: str, message: str, tmp_path: Path) -> None:
@@ -257,6 +268,21 @@ def test_a_batch_without_images_is_given_one_that_changes_nothing(family: str, b
         loss, reached = learn(given, always=True)
         assert loss == pytest.approx(usual, rel=1e-5)
         assert some < reached == every
+
+
+@pytest.mark.parametrize("family", seeing.SPECIAL)
+def test_a_base_that_sees_is_shared_out_while_it_is_loaded(family: str, bases: Callable[[str], Path]) -> None:
+    """Also where transformers gives its parts other names than its files do: no process needs room for all of it."""
+    settings = config.Model.model_validate({"base": bases(family).as_uri(), "quantization": "none"})
+
+    outline = weights.outline(bases(family), settings)
+
+    assert outline
+    network, pieces = outline
+    pieces.fill(network, "")
+    network.tie_weights()
+    whole = weights.for_training(bases(family), settings).state_dict()
+    torch.testing.assert_close(dict(network.state_dict()), dict(whole), rtol=0, atol=0)
 
 
 def test_all_linear_trains_what_sees_too(bases: Callable[[str], Path]) -> None:
@@ -433,6 +459,102 @@ def test_large_images_are_made_smaller_if_asked_to(bases: Callable[[str], Path])
     assert len(small) < len(large)
     with pytest.raises(ValueError, match="an image cannot be read"):
         Vision(base, tokenizer.load(base), None).read("<image>", [b"nothing"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "white"),
+    [("I;16", 1.0), ("RGBA", 1.0), ("P", 0.0), ("LA", 1.0), ("CMYK", 1.0), ("1", 0.0), ("L", 0.0)],
+)
+def test_images_of_any_kind_are_seen_as_they_look(mode: str, white: float) -> None:
+    """Those of 16 bits are no brighter than others, and what is transparent shows white."""
+    colour = {"I;16": 40_000, "RGBA": (0, 0, 0, 0), "LA": (0, 0), "CMYK": (0, 0, 0, 0)}.get(mode, 0)
+    image = Image.new(mode, (4, 4), colour)
+    file = io.BytesIO()
+    image.save(file, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
+
+    seen = vision._coloured(Image.open(file))
+
+    assert seen.mode == "RGB"
+    level = seen.getpixel((0, 0))[0]
+    assert level == (40_000 // 256 if mode == "I;16" else 255 * white)
+
+
+def test_numbers_of_which_nobody_says_how_bright_they_are_are_refused() -> None:
+    """Guessing would make all of them black, or white."""
+    with pytest.raises(ValueError, match="it has 32 bits a pixel"):
+        vision._coloured(Image.new("F", (4, 4), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "<image>\nWhat?"}, ANSWER], "image_path": "a"}, "names no image"),
+        ({"messages": [ASKED, ANSWER], "images": [], "videos": ["a.mp4"]}, "has videos, and of what is no text only"),
+    ],
+)
+def test_a_record_is_not_trained_on_without_what_it_shows(
+    record: dict[str, object], message: str, bases: Callable[[str], Path], tmp_path: Path, prepared: Callable[..., Path]
+) -> None:
+    """Where the base could see it; `<image>` is a word like others for one that sees nothing."""
+    path = write(tmp_path / "x.jsonl", [record])
+
+    with pytest.raises(errors.DataError, match=message):
+        prepared(path, model=bases("qwen2_5_vl"))
+
+
+def test_what_stands_for_images_is_never_learned(bases: Callable[[str], Path]) -> None:
+    """Also not where everything else is; and it does not pass in a text, where the model would look for an image."""
+    base = bases("gemma3")
+    words = tokenizer.load(base)
+    renderer = Renderer(words, 500, "all", Vision(base, words, None))
+
+    (row,) = renderer.rows([convert(LONG, "messages", "\n")])
+    (bad,) = renderer.rows([convert({"messages": [turn("<image_soft_token>"), ANSWER]}, "messages", "\n")])
+
+    assert isinstance(row, Row)
+    number = words.convert_tokens_to_ids("<image_soft_token>")
+    shown = [label for token, label in zip(row.input_ids, row.labels, strict=True) if token == number]
+    assert shown == [-100] * 12
+    assert row.labels[0] != -100
+    assert str(bad) == "has <image_soft_token> in its text, which stands for what the model sees"
+
+
+def test_a_processor_that_writes_more_than_images_is_refused(bases: Callable[[str], Path]) -> None:
+    """As PaliGemma's: where the answers are in its text nobody could say."""
+    base = bases("llava")
+    eyes = Vision(base, tokenizer.load(base), None)
+    whole = type(eyes._processor).__call__
+
+    class Writing(type(eyes._processor)):  # type: ignore[misc]
+        def __call__(self, text: list[str], **more: object) -> object:
+            return whole(self, text=[f"Look: {each}" for each in text], **more)
+
+    eyes._processor.__class__ = Writing
+    with pytest.raises(errors.ModelError, match="does not tell what it does to a text with images"):
+        eyes.read("<image>What?", [seeing.picture(1)])
+
+
+def test_a_template_that_lies_in_a_file_of_its_own_is_found(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """As that of LLaVA 1.5 does: with another one it would be trained in a format that it does not know."""
+    base = shutil.copytree(bases("llava"), tmp_path / "base")
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+
+    assert tokenizer.load(base).chat_template == template
+
+
+def test_nothing_is_brought_from_beside_data_in_the_root_of_a_bucket(s3: S3, bucket: str) -> None:
+    """Everything that is in it lies there."""
+    for key in ("train.jsonl", "a.png", "d/train.jsonl", "d/b.png"):
+        s3.client().put_object(Bucket=bucket, Key=key, Body=b"x")
+
+    assert look.images(None, f"s3://{bucket}/train.jsonl") is None
+    beside, told = look.images(None, f"s3://{bucket}/d/train.jsonl"), look.images(f"s3://{bucket}", "s3://x/y")
+    assert beside
+    assert [entry.key for entry in beside.entries] == ["b.png"]
+    assert told
+    assert [entry.key for entry in told.entries] == ["a.png", "d/b.png"]
 
 
 def test_tokens_that_are_not_those_prepared_stop_the_training(bases: Callable[[str], Path]) -> None:

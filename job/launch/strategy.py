@@ -130,8 +130,8 @@ def estimate(settings: config.Config, base: Path) -> Need:
         elif scheme and name.endswith((".scales", ".qzeros")):
             constants += count * (_HALF if name.endswith(".scales") else 4)
         elif len(shape) == 2:  # noqa: PLR2004 - a matrix
-            inside += count * bits / 8
-            constants += count * constant / 8
+            inside += count * (_HALF if scheme else bits / 8)
+            constants += count * (0 if scheme else constant / 8)
             trained += settings.lora.r * sum(shape)
         else:
             inside += count * _HALF

@@ -20,11 +20,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )  # fmt: skip
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from job import errors
 from job.model import parts
+from job.model.prequantized import PACKED
 
+_ADAPTER = "adapter_"  # how the name of a file begins that belongs to no base
 _WRAPPED = ("base_model.model.", ".base_layer")  # what PEFT adds to a name
 
 
@@ -32,16 +37,40 @@ class Pieces:
     """The weights in the safetensors files of `base`, and on which device they are wanted, in which number format."""
 
     def __init__(self, base: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        self._files: dict[str, Path] = {}
+        self.base, self._device, self._dtype = base, device, dtype
+        self._changed: set[str] = set()
+        self._files: dict[str, tuple[Path, str]] = {}
         for path in sorted(base.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                self._files |= dict.fromkeys(file.keys(), path)
+            if not path.name.startswith(_ADAPTER):
+                with safe_open(path, "pt") as file:
+                    self._files |= {key: (path, key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
 
     @property
     def names(self) -> AbstractSet[str]:
         """Of all tensors in the files."""
         return self._files.keys()
+
+    def call_as(self, network: PreTrainedModel) -> None:
+        """Call each tensor as the `network` does, where its family has other names for it in files.
+
+        One that transformers would also change while loading is nothing that the network has.
+        """
+        told = get_model_conversion_mapping(network)
+        rename = [each for each in told if isinstance(each, WeightRenaming)]
+        change = [each for each in told if isinstance(each, WeightConverter)]
+        there, files = network.state_dict(), self._files
+        self._files = {}
+        for key, place in files.items():
+            stem, _, leaf = key.rpartition(".")
+            usual = f"{stem}.weight" if leaf in PACKED else key
+            name, changed = rename_source_key(usual, rename, change, network.base_model_prefix, there)
+            if name not in there and usual in there:
+                name, changed = usual, None
+            if leaf in PACKED:
+                name = f"{name.removesuffix('.weight')}.{leaf}"
+            self._files[key if changed else name] = place
+            if changed:
+                self._changed.add(key)
 
     def fit(self, network: nn.Module) -> bool:
         """Whether every weight of `network` is there under its own name; tied ones may lack.
@@ -51,7 +80,7 @@ class Pieces:
         """
         own = {name for name, _ in network.named_parameters()}
         tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - own
-        return own <= self._files.keys() and not tied & self._files.keys()
+        return own <= self._files.keys() - self._changed and not tied & self._files.keys()
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Load the weights of `module`, which is called `prefix` in the network, as far as they are still missing.
@@ -73,6 +102,11 @@ class Pieces:
 
     def _loaded(self, outline: nn.Parameter, key: str) -> nn.Parameter:
         value = self.read(key).to(self._dtype)
+        if value.shape != outline.shape:
+            raise errors.ModelError(
+                f"model.base: {key} has the shape {list(value.shape)} in its files, and {list(outline.shape)} in the "
+                "model that config.json tells of: they do not belong together"
+            )
         if isinstance(outline, bnb.nn.Params4bit):
             made = bnb.nn.Params4bit(value, requires_grad=False, **outline.__dict__)
             return cast("nn.Parameter", made.to(self._device))  # which quantizes it
@@ -80,8 +114,9 @@ class Pieces:
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor of that name, in host memory."""
-        with safe_open(self._files[key], "pt") as file:
-            value: torch.Tensor = file.get_tensor(key)
+        path, called = self._files[key]
+        with safe_open(path, "pt") as file:
+            value: torch.Tensor = file.get_tensor(called)
         return value
 
     def same(self, key: str, other: str) -> bool:
@@ -90,8 +125,9 @@ class Pieces:
 
     def blank(self, key: str) -> torch.Tensor:
         """Its shape and number format, without memory."""
-        with safe_open(self._files[key], "pt") as file:
-            part = file.get_slice(key)
+        path, called = self._files[key]
+        with safe_open(path, "pt") as file:
+            part = file.get_slice(called)
             return torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
 
 

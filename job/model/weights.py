@@ -6,7 +6,7 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from job import config, errors, log
@@ -59,8 +59,8 @@ def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces
     files = Pieces(base, torch.device(_device()), dtype)
     how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
     found = pieces.outline(described, dtype, _quantization(settings, described, dtype, shared=True), **how)
-    kept_apart = found._keep_in_fp32_modules or found._keep_in_fp32_modules_strict  # noqa: SLF001 - transformers' names
-    if kept_apart or not files.fit(found):
+    files.call_as(found)
+    if _kept_apart(found) or not files.fit(found):
         return None
     _keep_differentiable(found)
     return found, files
@@ -112,8 +112,12 @@ def _prequantized(
     try:
         files = Pieces(base, device, dtype)
         network = pieces.outline(described, dtype, None, **how)
+        files.call_as(network)
         linear.replace(network, scheme, files, dtype)
         odd = _odd(network, files)
+        told = base / "generation_config.json"
+        if told.is_file():
+            network.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
     except _UNUSABLE as e:
         raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
     if odd:
@@ -121,10 +125,19 @@ def _prequantized(
             f"model.base: the files in {base} ({scheme}) do not fit the model that its config.json tells of: "
             f"{len(odd)} weights lack or have no place in it, the first is {odd[0]}: use the original weights"
         )
+    if _kept_apart(network):
+        raise errors.ModelError(
+            f"model.base: parts of {described.model_type} models are kept in float32, which is not done for those that "
+            "come quantized: use the original weights"
+        )
     files.fill(network, "")
     network.tie_weights()
     linear.settle(network)
     return network
+
+
+def _kept_apart(network: PreTrainedModel) -> bool:
+    return bool(network._keep_in_fp32_modules or network._keep_in_fp32_modules_strict)  # noqa: SLF001 - transformers' names
 
 
 def _odd(network: PreTrainedModel, files: Pieces) -> list[str]:

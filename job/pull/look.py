@@ -17,6 +17,8 @@ _PICKLED = re.compile(r"^pytorch_model.*\.bin$")
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})(\.safetensors|\.bin)$")
 _DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
 _HIDDEN = re.compile(r"(^|/)[._]")  # of editors, and of file systems
+_ASIDE = ("quantize_config.json", "quant_config.json")  # where AutoGPTQ and AutoAWQ first told what they did
+_HEADER = 100_000_000  # bytes: safetensors takes no more
 _SHOWN = 8  # names in one line
 
 
@@ -99,7 +101,15 @@ def kind(config: Config, found: Found) -> Kind:
             f"data.max_length {config.data.max_length} is more than the {context} tokens that {found.source.url} was "
             "made for (in its config.json): lower it"
         )
+    aside = [entry.key for entry in found.entries if entry.key in _ASIDE]
+    if aside and not told.get("quantization_config"):
+        raise errors.ModelError(
+            f"model.base: {found.source.url} has {aside[0]} beside a config.json that says nothing of it, as old "
+            "quantized models do: put it into config.json as quantization_config, with quant_method gptq or awq"
+        )
     scheme = prequantized.recognise(told, found.source.url)
+    if scheme:
+        prequantized.check(_tensors(found), scheme, found.source.url)
     if scheme and layout:
         raise errors.ModelError(
             f"model.base: {found.source.url} is a {layout.NAMES} model that is quantized already ({scheme}), which the "
@@ -117,6 +127,21 @@ def kind(config: Config, found: Found) -> Kind:
         )
     converts = layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
     return Kind(converts, sees)
+
+
+def _tensors(found: Found) -> list[str]:
+    """The names of the tensors in the safetensors files of a base, without fetching those."""
+    names: list[str] = []
+    for entry in found.entries:
+        if entry.key.endswith(".safetensors"):
+            try:
+                size = int.from_bytes(storage.read_range(found.source, entry, 0, 8), "little")
+                names += json.loads(storage.read_range(found.source, entry, 8, 8 + min(size, _HEADER, entry.size - 8)))
+            except ValueError as e:
+                raise errors.ModelError(
+                    f"model.base: {found.source.url}/{entry.key} is no safetensors file ({e}): upload it again"
+                ) from e
+    return names
 
 
 def _context(told: Mapping[str, Any]) -> int | None:

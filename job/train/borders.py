@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from job import errors
 
 _TOKENS = 16
-_SHARE = 0.25  # of what reading the wrong example changes; rounding is a hundredth
+_SHARE = 0.01  # of what reading another example changes; where none is read, nothing changed on the CPU
 
 
 class Borders(TrainerCallback):
@@ -22,14 +23,16 @@ class Borders(TrainerCallback):
 
     def __init__(self, trainer: Trainer, tokens: Sequence[int]) -> None:
         self._trainer = trainer
-        self._tokens = list(dict.fromkeys(tokens))[:_TOKENS]  # where all are the same, nothing can be told apart
+        self._tokens = tokens[:_TOKENS]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         network: Any = self._trainer.model
         ids = torch.tensor([self._tokens], device=args.device)
+        # ZeRO-3 fetches weights for a forward pass alone, and for a backward one only in its own engine.
+        asked = seems_apart if is_deepspeed_zero3_enabled() else kept_apart  # type: ignore[no-untyped-call]
         network.eval()
-        with torch.no_grad(), self._trainer.accelerator.autocast():
-            apart = kept_apart(network, ids)
+        with self._trainer.accelerator.autocast():
+            apart = asked(network, ids)
         network.train()
         if not apart:
             kind, attention = network.config.model_type, network.config._attn_implementation  # noqa: SLF001 - no other name
@@ -40,16 +43,48 @@ class Borders(TrainerCallback):
 
 
 def kept_apart(network: PreTrainedModel, ids: torch.Tensor) -> bool:
-    """Whether the second half of `ids`, [1, tokens], packed behind the first, gives what it gives alone."""
+    """Whether nothing of what is said to the second half of `ids`, [1, tokens], comes from the first, packed before it.
+
+    Told by the gradient, which is zero then, and not by what is said: that is rounded in another way in another place.
+    Raises `errors.ModelError` if what is said is no number.
+    """
     half = ids.shape[1] // 2
-    rest = ids.shape[1] - half
-    places = torch.arange(ids.shape[1], device=ids.device)[None]
+    read: list[torch.Tensor] = []
 
-    def said(ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = network(input_ids=ids, position_ids=places, use_cache=False).logits
-        return logits[0, -rest:].float()
+    def note(_module: torch.nn.Module, _given: object, embedded: torch.Tensor) -> torch.Tensor:
+        read.append(embedded.detach().requires_grad_())
+        return read[-1]
 
-    alone = said(ids[:, half:], places[:, :rest])
-    packed = said(ids, torch.cat([places[:, :half], places[:, :rest]], dim=1))
-    together = said(ids, places)
-    return float((packed - alone).norm()) <= _SHARE * float((together - alone).norm())
+    handle = network.get_input_embeddings().register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            said = _said(network, ids, half).logsumexp(-1).sum()
+    finally:
+        handle.remove()
+    (gradient,) = torch.autograd.grad(said, read[:1])
+    return not gradient[0, :half].any()
+
+
+def seems_apart(network: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """The same without a gradient: whether what is said to the second half stays the same when the first is another.
+
+    Compared with how much it changes where both are one example.
+    """
+    half = ids.shape[1] // 2
+    other = torch.cat([ids[:, half:].flip(1)[:, :half], ids[:, half:]], dim=1)
+    with torch.no_grad():
+        change = [_said(network, ids, at) - _said(network, other, at) for at in (half, 0)]
+    packed, together = (float(each[half - ids.shape[1] :].norm()) for each in change)
+    return packed <= _SHARE * together
+
+
+def _said(network: PreTrainedModel, ids: torch.Tensor, border: int) -> torch.Tensor:
+    """The logits of what stands behind the `border`, [tokens, vocabulary], packed there."""
+    places = torch.cat([torch.arange(border), torch.arange(ids.shape[1] - border)])[None].to(ids.device)
+    said: torch.Tensor = network(input_ids=ids, position_ids=places, use_cache=False).logits[0, border:].float()
+    if said.isnan().any():
+        raise errors.ModelError(
+            "model.base: it answers with NaN before any training: it is damaged, or too large for model.compute_dtype "
+            "float16"
+        )
+    return said

@@ -34,6 +34,10 @@ _SHOWN = (
 _LOSSES = ("loss", "eval_loss")
 
 
+_TOO_MUCH = "Lower train.learning_rate, or set model.compute_dtype to bfloat16 or float32 if it was float16"
+_FROM_THE_START = "Nothing was trained yet: the base is damaged, or too large for model.compute_dtype float16"
+
+
 class Progress(TrainerCallback):
     """Writes what the trainer logs, with speed and memory, to `directory` and to stderr."""
 
@@ -71,7 +75,7 @@ class Progress(TrainerCallback):
         if lost:
             raise errors.ModelError(
                 f"{lost[0]} is {logs[lost[0]]} at step {state.global_step}: nothing after the last checkpoint is kept. "
-                "Lower train.learning_rate, or set model.compute_dtype to bfloat16 or float32 if it was float16"
+                + (_TOO_MUCH if state.global_step else _FROM_THE_START)
             )
         if "loss" in logs:
             logs = {**logs, **self._speed(state)}

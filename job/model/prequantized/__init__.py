@@ -1,11 +1,14 @@
 """Bases that come quantized, by GPTQ (arXiv 2210.17323) or AWQ (arXiv 2306.00978): recognised by their config.json."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from job import errors
 
+PACKED = ("qweight", "qzeros", "scales", "g_idx")  # what a layer has in place of its weight
+_EXPERT = re.compile(r"\.experts?\.\d+\.")
 _BITS = (2, 4, 8)
 _INSTEAD = "use the original weights, which model.quantization makes small"
 
@@ -42,12 +45,14 @@ class Scheme:
             raise ValueError(f"format {version}, where gptq and gptq_v2 can be read")
         if told.get("dynamic"):
             raise ValueError("layers that are quantized in different ways (dynamic)")
+        if told.get("is_marlin_format"):
+            raise ValueError("format marlin, where gptq and gptq_v2 can be read")
         return cls("gptq", _bits(told, _BITS), _group(told), int(version == "gptq"))
 
     @classmethod
     def awq(cls, told: Mapping[str, Any]) -> Self:
         """As AutoAWQ and llm-compressor's successors write it for its GEMM kernels."""
-        version = str(told.get("version") or told.get("format") or "gemm").lower()
+        version = str(told.get("version") or told.get("checkpoint_format") or told.get("format") or "gemm").lower()
         if version != "gemm":
             raise ValueError(f"version {version}, where gemm can be read")
         return cls("awq", _bits(told, (4,)), _group(told), 0)
@@ -59,10 +64,10 @@ def recognise(told: Mapping[str, Any], where: str) -> Scheme | None:
     Raises `errors.ModelError` if its weights cannot be trained on.
     """
     quantized = told.get("quantization_config")
-    if not quantized:
+    if not quantized and not _elsewhere(told):
         return None
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-    if method not in ("gptq", "awq"):
+    if not isinstance(quantized, dict) or method not in ("gptq", "awq"):
         raise errors.ModelError(
             f"model.base: {where} is quantized already ({method or 'in its own way'}), where gptq and awq can be "
             f"trained on: {_INSTEAD}"
@@ -73,8 +78,31 @@ def recognise(told: Mapping[str, Any], where: str) -> Scheme | None:
         raise errors.ModelError(f"model.base: {where} is quantized by {method} with {e}: {_INSTEAD}") from e
 
 
+def check(names: Collection[str], scheme: Scheme, where: str) -> None:
+    """Raise `errors.ModelError` if the tensors called `names`, in the files of the base, cannot be used so."""
+    packed = [name for name in names if name.endswith(f".{PACKED[0]}")]
+    if names and not packed:
+        raise errors.ModelError(
+            f"model.base: the config.json of {where} tells of quantized weights ({scheme}), and its files hold none: "
+            "take quantization_config out of it"
+        )
+    experts = [name for name in packed if _EXPERT.search(name)]
+    if experts:
+        raise errors.ModelError(
+            f"model.base: the experts of {where} are quantized one by one ({experts[0]}), where transformers keeps all "
+            f"of a layer in one: {_INSTEAD}"
+        )
+
+
+def _elsewhere(told: Mapping[str, Any]) -> bool:
+    """Whether it says so in a place that we do not read."""
+    parts = (told, *(each for each in told.values() if isinstance(each, dict)))
+    return any(part.get("compression_config") or part.get("quantization_config") for part in parts)
+
+
 def _bits(told: Mapping[str, Any], readable: tuple[int, ...]) -> int:
     bits = told.get("bits", told.get("w_bit"))
+    bits = int(bits) if isinstance(bits, str) and bits.isdecimal() else bits
     if bits not in readable:
         raise ValueError(f"{bits} bits, where {', '.join(map(str, readable))} can be read")
     return int(bits)

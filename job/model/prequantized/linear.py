@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from job import errors
 from job.model.pieces import Pieces
-from job.model.prequantized import Scheme
+from job.model.prequantized import PACKED, Scheme, check
 
-_PACKED, _ZEROS, _SCALES, _GROUPS, _BIAS = "qweight", "qzeros", "scales", "g_idx", "bias"
+_PACKED, _ZEROS, _SCALES, _GROUPS = PACKED
+_BIAS = "bias"
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in each packed number
-_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ keeps eight neighbours (awq/utils/packing_utils.py of AutoAWQ)
 
 
 class QuantizedLinear(nn.Linear):
@@ -56,8 +57,17 @@ class QuantizedLinear(nn.Linear):
             made = made + self.bias.to(made.dtype)
         return made.to(input.dtype)
 
-    def settle(self) -> None:
-        """Forget to which group each row belongs where that is in order, which is faster."""
+    def settle(self, name: str) -> None:
+        """Look at what was loaded for the layer called `name`; raises `errors.ModelError` if it makes no sense.
+
+        To which group each row belongs is forgotten where that is in order, which is faster.
+        """
+        if not self.scales.isfinite().all():
+            raise errors.ModelError(f"model.base: {name}.{_SCALES} holds NaN or infinity: the model is damaged")
+        if self.g_idx is not None and not (int(self.g_idx.min()) >= 0 and int(self.g_idx.max()) < len(self.scales)):
+            raise errors.ModelError(
+                f"model.base: {name}.{_GROUPS} names a group that there is not: the model is damaged"
+            )
         if self.g_idx is not None and self.in_features % len(self.scales) == 0:
             size = self.in_features // len(self.scales)
             ordered = torch.arange(self.in_features, device=self.g_idx.device) // size
@@ -78,12 +88,21 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.weight, None
 
 
-def replace(network: nn.Module, scheme: Scheme, files: Pieces, dtype: torch.dtype) -> None:
+def replace(network: PreTrainedModel, scheme: Scheme, files: Pieces, dtype: torch.dtype) -> None:
     """Put a quantized layer, still without weights, wherever the `files` have one for a linear layer of `network`.
 
     Raises `errors.ModelError` if they have one for something else, or one of another size.
     """
-    for name in sorted(key.removesuffix(f".{_PACKED}") for key in files.names if key.endswith(f".{_PACKED}")):
+    check(files.names, scheme, str(files.base))
+    found = sorted(key.removesuffix(f".{_PACKED}") for key in files.names if key.endswith(f".{_PACKED}"))
+    shared: dict[str, str] = network.all_tied_weights_keys
+    tied = {key.removesuffix(".weight") for key in shared}
+    for name in found:
+        if name in tied:
+            raise errors.ModelError(
+                f"model.base: {name} is quantized in its files, and shared with the embeddings by its config.json: set "
+                "tie_word_embeddings to false there"
+            )
         try:
             plain = network.get_submodule(name)
         except AttributeError:
@@ -96,16 +115,17 @@ def replace(network: nn.Module, scheme: Scheme, files: Pieces, dtype: torch.dtyp
         leaves = (_PACKED, _ZEROS, _SCALES, _GROUPS, *([_BIAS] if plain.bias is not None else []))
         held = {leaf: files.blank(f"{name}.{leaf}") for leaf in leaves if f"{name}.{leaf}" in files.names}
         _check(name, plain, scheme, held)
+        _check_kinds(name, held)
         if plain.bias is None and f"{name}.{_BIAS}" in files.names and files.read(f"{name}.{_BIAS}").any():
             raise errors.ModelError(f"model.base: {name} has a bias in its files, and none in the model")
         network.set_submodule(name, QuantizedLinear(plain, scheme, held, dtype))
 
 
 def settle(network: nn.Module) -> None:
-    """Look at what was loaded, once."""
-    for module in network.modules():
+    """Look at what was loaded, once; raises `errors.ModelError` if it makes no sense."""
+    for name, module in network.named_modules():
         if isinstance(module, QuantizedLinear):
-            module.settle()
+            module.settle(name)
 
 
 def unpack(network: nn.Module) -> None:
@@ -121,19 +141,31 @@ def unpack(network: nn.Module) -> None:
 
 def _check(name: str, plain: nn.Linear, scheme: Scheme, held: dict[str, torch.Tensor]) -> None:
     rows, columns = plain.in_features, plain.out_features
+    uneven = scheme.group > 0 and rows % scheme.group > 0
     groups = 1 if scheme.group == -1 else -(-rows // scheme.group)
     wanted = {
         _PACKED: scheme.packed(rows, columns),
         _ZEROS: (groups, columns * scheme.bits // 32),
         _SCALES: (groups, columns),
-        **({_GROUPS: (rows,)} if _GROUPS in held else {}),
+        **({_GROUPS: (rows,)} if _GROUPS in held or uneven else {}),  # else rows follow each other
+        **({_BIAS: (columns,)} if plain.bias is not None else {}),
     }
-    seen = {leaf: tuple(tensor.shape) for leaf, tensor in held.items() if leaf != _BIAS}
+    seen = {leaf: tuple(tensor.shape) for leaf, tensor in held.items()}
     if seen != wanted:
         raise errors.ModelError(
             f"model.base: {name} is {seen} in its files, and should be {wanted} ({scheme}): the model is not whole, or "
             "was quantized in another way than its config.json says"
         )
+
+
+def _check_kinds(name: str, held: dict[str, torch.Tensor]) -> None:
+    """Raise `errors.ModelError` if numbers are of a kind that no format has there."""
+    for leaf, tensor in held.items():
+        right = tensor.is_floating_point() if leaf in (_SCALES, _BIAS) else not tensor.is_floating_point()
+        if not right or (leaf in (_PACKED, _ZEROS) and tensor.dtype != torch.int32):
+            raise errors.ModelError(
+                f"model.base: {name}.{leaf} is of {tensor.dtype} in its files, which no known format has there"
+            )
 
 
 def _unpacked(packed: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -154,6 +186,6 @@ def _numbers(packed: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     shifts = torch.arange(0, 8, scheme.bits, dtype=torch.uint8, device=packed.device)
     octets = packed.contiguous().view(torch.uint8).unsqueeze(-1)
     each: torch.Tensor = ((octets >> shifts) & (2**scheme.bits - 1)).view(*packed.shape, -1)
-    if scheme.method == "awq":
-        each = each[..., _NIBBLES]
+    if scheme.method == "awq":  # eight neighbours lie at 0, 4, 1, 5, 2, 6, 3, 7 (awq/utils/packing_utils.py of AutoAWQ)
+        each = each.view(*packed.shape, 2, 4).transpose(-1, -2)
     return each.reshape(*packed.shape[:-1], -1)
