@@ -199,8 +199,9 @@ def prepared(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
     from job import config, inputs, manifest, paths, prepare
 
     def run(
-        *train: Path, evaluation: tuple[Path, ...] = (), model: Path = tiny_model, method: str = "sft", **data: object
-    ) -> Path:
+        *train: Path, evaluation: tuple[Path, ...] = (), model: Path = tiny_model, method: str = "sft",
+        images: Path | None = None, **data: object,
+    ) -> Path:  # fmt: skip
         tree = {
             "run": {"name": "t", "url": "file:///run"},
             "model": {"base": "file:///nowhere"},
@@ -209,7 +210,11 @@ def prepared(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
         }
         settings = config.check(tree, config.Places("test", {}))
         base = inputs.Base("file:///nowhere", model, manifest.of(model).digest)
-        splits = [[inputs.DataFile(p.as_uri(), p, manifest.sha256(p)) for p in split] for split in (train, evaluation)]
+        shown = inputs.Images(images.as_uri(), images, "any") if images else None
+        splits = [
+            [inputs.DataFile(p.as_uri(), p, manifest.sha256(p), images=shown) for p in split]
+            for split in (train, evaluation)
+        ]
         with ExitStack() as keep:
             return prepare.dataset(settings, base, *splits, paths.Cache(tmp_path / "cache", "run"), keep).path
 

@@ -4,6 +4,7 @@ Each process gets a batch, and the next one when its rows were taken, so that me
 the files. They are started when there is work enough for them, and end with this process, however it ends.
 """
 
+import contextlib
 import logging
 import math
 import signal
@@ -15,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
 
 from job import cluster, errors
 from job.model import tokenizer
@@ -72,8 +72,8 @@ class Crew:
                 self._alone -= 1
                 yield batch, list(self._own.rows([example for _, example in batch]))
                 continue
-            if not self._hands:
-                self._hands = [_Hand(self._recipe) for _ in range(min(cluster.cpus(), _MOST))]
+            while len(self._hands) < min(cluster.cpus(), _MOST):
+                self._hands.append(_Hand(self._recipe))
             if len(under_way) == len(self._hands):
                 yield self._taken(*under_way.popleft())
             hand = next(hand for hand in self._hands if not any(hand is busy for busy, _ in under_way))
@@ -112,17 +112,17 @@ class _Hand:
         self.give(recipe)
 
     def give(self, work: Recipe | list[Example]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # of one that is gone; why is told by what it left, if it is to be told
             self._line.send(work)
-        except OSError:
-            self._lost()
 
     def take(self) -> tuple[Rows, int]:
         """Its rows of what it was given last, and in how many it had to add the end of the last turn."""
         try:
             made: tuple[Rows, int] | errors.JobError = self._line.recv()
         except (EOFError, OSError):
-            self._lost()
+            status = self._process.wait()
+            why = "; the kernel kills so when memory runs out" if status == -signal.SIGKILL else ""
+            raise errors.JobError(f"a process that prepared the data ended with status {status}{why}") from None
         if isinstance(made, errors.JobError):
             raise made
         return made
@@ -132,24 +132,17 @@ class _Hand:
         self._process.kill()
         self._process.wait()
 
-    def _lost(self) -> NoReturn:
-        status = self._process.wait()
-        why = "; the kernel kills so when memory runs out" if status == -signal.SIGKILL else ""
-        raise errors.JobError(f"a process that prepared the data ended with status {status}{why}")
-
 
 def work(opened: int) -> None:
     """Render what comes over the socket `opened`, by the recipe that comes first, until its other end is closed."""
     line = Connection(opened)
     logging.disable(logging.WARNING)  # what there is to warn of, the one that was there first has said
-    try:
-        renderer = line.recv().renderer()
-        while True:
-            examples = line.recv()
-            renderer.eos_added = 0
-            try:
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            renderer = line.recv().renderer()
+            while True:
+                examples = line.recv()
+                renderer.eos_added = 0
                 line.send((list(renderer.rows(examples)), renderer.eos_added))
-            except errors.JobError as e:
-                line.send(e)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+        except errors.JobError as e:
+            line.send(e)
