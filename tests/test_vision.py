@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import seeing
 import torch
-from conftest import S3, take_back
+from conftest import ROOT, S3, take_back
 from datasets import Dataset
 from peft import PeftModel
 from PIL import Image
@@ -555,6 +555,20 @@ def test_nothing_is_brought_from_beside_data_in_the_root_of_a_bucket(s3: S3, buc
     assert [entry.key for entry in beside.entries] == ["b.png"]
     assert told
     assert [entry.key for entry in told.entries] == ["a.png", "d/b.png"]
+
+
+def test_the_example_of_the_readme_can_be_trained_on(
+    bases: Callable[[str], Path], prepared: Callable[..., Path]
+) -> None:
+    """Every record of it, with its images; and the table has a line for it."""
+    path = ROOT / "tests" / "data" / "images.jsonl"
+
+    folder = prepared(path, model=bases("smolvlm"), images=path.parent)
+
+    shown = [len(row["pictures"]) for row in Dataset.from_file(str(folder / "train.arrow"))]
+    assert shown == [1, 2, 1]
+    assert not json.loads((folder / "data.json").read_text(encoding="utf-8"))["train"]["ignored_keys"]
+    assert "(tests/data/images.jsonl)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_tokens_that_are_not_those_prepared_stop_the_training(bases: Callable[[str], Path]) -> None:
