@@ -47,6 +47,20 @@ def test_defaults_are_those_worth_trusting(write: Callable[[str], Path]) -> None
     assert (read.model.quantization, read.model.double_quant, read.model.trust_remote_code) == ("nf4", True, False)
 
 
+def test_a_mistake_in_a_source_is_told_like_any_other(write: Callable[[str], Path]) -> None:
+    """With its place in the list, and no word of the other ways to name data."""
+    path = write(SMALL)
+
+    for given, told in {
+        "{url: s3://b/x.jsonl, wieght: 2}": "wieght: unknown key. Did you mean data.train.1.weight? Allowed here: url, ",
+        "{url: s3://b/x.jsonl, weight: a}": "weight: was given 'a'; input should be a valid number",
+        "{weight: 2}": "url: is missing and has no default: add it",
+    }.items():
+        message = refusal(path, f"data.train=[s3://b/y.jsonl, {given}]")
+        assert f"data.train.1.{told}" in message
+        assert "\n" not in message
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_preset_is_valid(path: Path) -> None:
     """What lies in configs/ can be copied and started."""

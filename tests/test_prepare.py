@@ -152,6 +152,13 @@ def test_every_kind_of_file_is_read(
     assert seen(prepared(write(tmp_path / name)), tiny_model) == [TRAINED]
 
 
+def test_json_lines_may_be_called_json(prepared: Callable[..., Path], records: Callable[..., Path]) -> None:
+    """As many data sets of the hub call them."""
+    folder = prepared(records("a.json", [PAIR, PAIR, PAIR]))
+
+    assert json.loads((folder / "data.json").read_text())["train"]["examples"] == 3
+
+
 def test_files_of_several_formats_make_one_split(prepared: Callable[..., Path], records: Callable[..., Path]) -> None:
     """The format is recognised for each file, and kept in the figures."""
     folder = prepared(records("one.jsonl", [PAIR, PAIR]), records("two.jsonl", [{"text": "One."}]))

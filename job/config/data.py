@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from job.config import urls
 from job.config.section import Section, Share
@@ -35,13 +35,20 @@ class Source(Section):
         return urls.sound(url)
 
 
+def _arm(given: object) -> str:
+    return "path" if isinstance(given, str) else "source"
+
+
+Place = Annotated[Annotated[str, Tag("path")] | Annotated[Source, Tag("source")], Discriminator(_arm)]
+
+
 class Data(Section):
     """What is trained on and how records become text."""
 
-    train: Annotated[tuple[str | Source, ...], Field(min_length=1)]
+    train: Annotated[tuple[Place, ...], Field(min_length=1)]
     """Files (jsonl, json, csv, parquet; plain, .gz or .zst), with * for a part of their names, or folders ending in / :
     s3://, file:///, hf://datasets/ or paths; or {url, weight, format}, to mix them."""
-    eval: tuple[str | Source, ...] = ()
+    eval: tuple[Place, ...] = ()
     eval_fraction: Share = 0.0
     """Hold out this share of the training records instead of naming eval files."""
     format: Format = "auto"

@@ -13,6 +13,7 @@ import pydantic
 import yaml
 
 from job import errors
+from job.config.data import Source
 from job.config.identity import BEGAN
 from job.config.schema import Config
 
@@ -178,7 +179,7 @@ def _plain(error: pydantic.ValidationError) -> list[Any]:
             faults[key] = {**faults[key], "msg": f"{faults[key]['msg']}; or: {fault['msg']}", "type": "union"}
         else:
             faults[key] = dict(fault)
-    return list(faults.values())
+    return [fault for key, fault in faults.items() if not any(other.startswith(f"{key}.") for other in faults)]
 
 
 def _key(location: tuple[int | str, ...]) -> str:
@@ -190,7 +191,10 @@ def _key(location: tuple[int | str, ...]) -> str:
             continue
         fields = getattr(model, "model_fields", None)
         if fields is None:  # inside a union pydantic adds the name of each arm to the location
-            break
+            if part != "source":
+                break
+            model = Source
+            continue
         parts.append(part)
         model = fields[part].annotation if part in fields else None
     return ".".join(parts)
@@ -226,6 +230,9 @@ def _nearest(key: str) -> str:
 def _fields(sections: Iterable[str]) -> list[str]:
     model: Any = Config
     for section in sections:
+        if section.isdecimal():  # one of a list of sources
+            model = Source
+            continue
         field = getattr(model, "model_fields", {}).get(section)
         model = field.annotation if field else None
     return list(getattr(model, "model_fields", {}))

@@ -67,7 +67,14 @@ def _jsonl(stream: BinaryIO) -> Iterator[Record]:
 
 
 def _json(stream: BinaryIO) -> Iterator[Record]:
-    tree = json.loads(stream.read().removeprefix(_BOM).decode("utf-8"), object_pairs_hook=_unique)
+    text = stream.read().removeprefix(_BOM)
+    try:
+        tree = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except json.JSONDecodeError as e:
+        if e.msg != "Extra data":  # behind a whole record: JSON lines under another name, as many hub data sets have
+            raise
+        yield from _jsonl(io.BytesIO(text))
+        return
     rows = tree.get("data") if isinstance(tree, dict) else tree
     if not isinstance(rows, list):
         raise ValueError('must be a list of records, or an object with a list under "data"')  # noqa: TRY004 - about the file, not a type
