@@ -79,7 +79,7 @@ def test_a_packed_base_is_merged_into_unpacked(way: str, tiny_model: Path, tmp_p
     torch.testing.assert_close(dict(whole.state_dict()), dict(wanted.state_dict()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", ["gptq", "awq"])
+@pytest.mark.parametrize("way", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_a_run_on_a_packed_base_goes_on_exactly_and_ends_in_a_plain_model(
     way: str, tiny_model: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:

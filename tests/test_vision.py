@@ -358,6 +358,7 @@ def test_images_come_from_the_store_with_the_data(
     assert len(kept) > 12
 
 
+@pytest.mark.slow
 def test_an_image_that_changed_is_prepared_anew(
     bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:
@@ -375,23 +376,19 @@ def test_an_image_that_changed_is_prepared_anew(
 
 
 def test_images_in_parquet_are_read_as_the_hub_keeps_them(
-    bases: Callable[[str], Path], tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+    bases: Callable[[str], Path], prepared: Callable[..., Path], tmp_path: Path
 ) -> None:
     """As bytes in the record; there is no folder then."""
-    rows = [
-        {
-            "messages": [{"role": "user", "content": "<image>What colour?"}, {"role": "assistant", "content": "red"}],
-            "images": [{"bytes": seeing.picture(number), "path": None}],
-        }
-        for number in range(16)
-    ]
+    asked = {"role": "user", "content": "<image>What colour?"}
+    shown = [{"bytes": seeing.picture(number), "path": None} for number in range(16)]
+    rows = [{"messages": [asked, ANSWER], "images": [image]} for image in shown]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    told = about(bases("llava"), tmp_path, data={"train": [f"{tmp_path}/train.parquet"]}, train={"max_steps": 2})
 
-    outcome = job("run", tiny_run(**told))
+    made = prepared(tmp_path / "train.parquet", model=bases("llava"))
 
-    assert outcome.returncode == 0, outcome.stderr
-    assert "<image> (x 16)What colour?" in outcome.stderr
+    assert "<image> (x 16)What colour?" in (made / "sample.txt").read_text(encoding="utf-8")
+    held = Dataset.from_file(str(made / "train.arrow"))
+    assert [row["pictures"] for row in held] == [[image["bytes"]] for image in shown]
 
 
 def test_text_alone_is_prepared_for_them_as_for_any_base(
@@ -431,20 +428,17 @@ def test_what_cannot_be_done_with_images_is_refused(
 
 
 def test_a_broken_image_is_named_with_its_record(
-    bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job
+    bases: Callable[[str], Path], folder: Path, prepared: Callable[..., Path]
 ) -> None:
     """It can be left out, and is counted."""
     (folder / "img" / "3.png").write_bytes(b"GIF89a no more")
-    told = about(bases("qwen2_5_vl"), folder)
+    path, told = folder / "train.jsonl", {"model": bases("qwen2_5_vl"), "images": folder}
 
-    refused = job("run", tiny_run(**told))
-    told["data"]["skip_bad_share"] = 0.1
-    skipped = job("run", tiny_run(**told))
+    with pytest.raises(errors.DataError, match=r"train\.jsonl:4: an image cannot be read: "):
+        prepared(path, **told)
+    made = prepared(path, **told, skip_bad_share=0.1)
 
-    assert refused.returncode == 64
-    assert "train.jsonl:4" in refused.stderr
-    assert "an image cannot be read: " in refused.stderr
-    assert skipped.returncode == 0, skipped.stderr
+    assert json.loads((made / "data.json").read_text(encoding="utf-8"))["train"]["bad"] == 1
 
 
 def test_large_images_are_made_smaller_if_asked_to(bases: Callable[[str], Path]) -> None:

@@ -1,6 +1,7 @@
 """The images that records name, as bytes: found in the folder that they lie in, and nowhere else."""
 
 import base64
+import errno
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from job.prepare.formats import Example
 from job.prepare.turns import INLINE, WORD, BadRecordError
 
 _OTHERS = ("video", "videos", "audio", "audios")
+_ABSENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 _SHOWN = 100  # characters
 _NAME = 1024  # characters: what is longer is no name, but an image as base64
 
@@ -52,7 +54,9 @@ def _read(image: str | bytes, file: DataFile) -> bytes:
         )
     try:
         return (file.images.path / name).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):  # names that no file can have
+    except (OSError, ValueError) as e:  # the latter of names that no file can have
+        if isinstance(e, OSError) and e.errno not in _ABSENT:
+            raise
         raise BadRecordError(f"the image {_short(image)} is not in {file.images.url}") from None
 
 
