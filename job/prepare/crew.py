@@ -28,6 +28,7 @@ Batch = Sequence[tuple[str, Example]]
 Rows = list[Row | BadRecordError]
 
 _ALONE = 8  # batches, which take less time than starting others
+_CORES = 4  # from which on text gains: tokenizers keep some busy by themselves, what sees images only one
 _MOST = 16  # processes: each takes half a GB of memory
 _ROOT = Path(__file__).parents[2]
 _WORK = f"import sys; from {__name__} import work; work(int(sys.argv[1]))"
@@ -58,7 +59,8 @@ class Crew:
 
     def __init__(self, own: Renderer, recipe: Recipe) -> None:
         self._own, self._recipe = own, recipe
-        self._alone: float = _ALONE if cluster.cpus() > 1 else math.inf
+        enough = _CORES if recipe.blind else 2
+        self._alone: float = _ALONE if cluster.cpus() >= enough else math.inf
         self._hands: list[_Hand] = []
 
     def rows(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Rows]]:
