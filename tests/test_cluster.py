@@ -190,6 +190,16 @@ def test_the_driver_tells_as_many_gpus_as_torch_sees() -> None:
     assert (cluster.memory(found) is not None) == (seen > 0)
 
 
+def test_the_memory_is_what_the_container_may_use(tmp_path: Path) -> None:
+    """Never more than the machine has free."""
+    free = cluster.free_memory(tmp_path / "none")
+    (tmp_path / "memory.current").write_text("400")
+
+    for told, expected in {"max": free, "1000": 600, "300": 0, str(10**18): free}.items():
+        (tmp_path / "memory.max").write_text(f"{told}\n")
+        assert cluster.free_memory(tmp_path / "memory.max") == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize(("quota", "cores"), [("max 100000", None), ("50000 100000", 1), ("9900000 100000", None)])
 def test_the_cores_are_those_that_the_container_may_use(tmp_path: Path, quota: str, cores: int | None) -> None:
     """Never more than the process is bound to."""

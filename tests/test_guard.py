@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import itertools
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,18 @@ def test_what_reaches_the_model_is_what_was_prepared(
     learned = [label for label in batch["labels"].flatten().tolist() if label != IGNORED]
     assert learned == [label for row in rows for label in row.labels if label != IGNORED]
     assert len(rows) == len(turns)
+
+
+def test_data_that_no_template_writes_are_not_read_to_their_end(
+    prepared: Callable[..., Path], records: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    """What the first batch shows needs no million records."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    path = records("train.jsonl", [{"instruction": "What is 1 and 2?", "output": "It is 3."}] * 5000)
+
+    with pytest.raises(errors.DataError, match="train: 1000 of 1000 records read cannot be used"):
+        prepared(path, model=model)
 
 
 def test_a_split_of_which_nothing_is_context_is_refused(

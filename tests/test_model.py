@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from job import config, errors
 from job.model import lora, tokenizer, weights
@@ -92,6 +100,49 @@ def test_a_base_whose_tied_weights_are_there_twice_is_loaded_as_a_whole(
     network.config.save_pretrained(tmp_path / "base")
 
     assert weights.outline(tmp_path / "base", settings().model) is None
+
+
+def test_layers_that_are_turned_round_while_they_are_quantized_are_loaded_as_a_whole(
+    tmp_path: Path, settings: Callable[..., config.Config]
+) -> None:
+    """GPT-2 keeps the weights of its layers the other way round."""
+    made(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2), tmp_path / "base")
+
+    assert weights.outline(tmp_path / "base", settings(model={"quantization": "nf4"}).model) is None
+    assert weights.outline(tmp_path / "base", settings(model={"quantization": "none"}).model)
+
+
+@pytest.mark.parametrize("indexed", ["by an index", ""])
+def test_only_the_files_that_transformers_reads_are_read(
+    indexed: str,
+    tmp_path: Path,
+    settings: Callable[..., config.Config],
+) -> None:
+    """Beside them may lie others with the same weights, under other names or as they were before."""
+    network = made(FAMILIES["plain"], tmp_path / "base")
+    network.save_pretrained(tmp_path / "base", max_shard_size="20kB" if indexed else "1GB")
+    if indexed:
+        (tmp_path / "base" / "model.safetensors").unlink()
+    save_file({"norm.weight": torch.full((32,), 7.0)}, tmp_path / "base" / "original.safetensors")
+
+    found = weights.outline(tmp_path / "base", settings(model={"quantization": "none"}).model)
+
+    assert found
+    outline, pieces = found
+    pieces.fill(outline, "")
+    assert torch.equal(outline.model.norm.weight, network.model.norm.weight.to(outline.dtype))
+
+
+def test_a_weight_that_is_there_under_two_names_is_refused(
+    tmp_path: Path, settings: Callable[..., config.Config]
+) -> None:
+    """Nobody could say which is meant."""
+    made(FAMILIES["plain"], tmp_path / "base")
+    twice = {**load_file(tmp_path / "base" / "model.safetensors"), "norm.weight": torch.full((32,), 7.0)}
+    save_file(twice, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(errors.ModelError, match=r"model.norm.weight is in the files twice, as .* and as .*: take"):
+        weights.outline(tmp_path / "base", settings(model={"quantization": "none"}).model)
 
 
 def test_an_evaluation_leaves_the_gradients_as_they_were(

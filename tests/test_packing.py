@@ -118,6 +118,17 @@ def test_a_state_beside_attention_is_found_out_whatever_stands_in_the_data(kind:
     assert not any(kept_apart(model, torch.randint(3, 400, (1, 16))) for _ in range(6))
 
 
+@pytest.mark.parametrize("ids", [[5] * 16, [*range(8), *reversed(range(8))], [5, 6, 7]])
+def test_any_tokens_tell(ids: list[int], tmp_path: Path) -> None:
+    """Also where the first example is as good as empty, or the same from both ends."""
+    model = AutoModelForCausalLM.from_pretrained(random_model("falcon", tmp_path / "base")).eval()
+
+    assert not kept_apart(model, torch.tensor([ids]))
+    assert not seems_apart(model, torch.tensor([ids]))
+    assert kept_apart(model, torch.tensor([ids[:1]]))
+    assert seems_apart(model, torch.tensor([ids[:1]]))
+
+
 def test_a_base_that_answers_with_nan_is_not_blamed_on_packing(tiny_model: Path) -> None:
     """It is damaged, or of numbers that are too large."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+import struct
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -473,6 +474,32 @@ def test_images_of_any_kind_are_seen_as_they_look(mode: str, white: float) -> No
     assert level == (40_000 // 256 if mode == "I;16" else 255 * white)
 
 
+def test_what_pillow_stumbles_over_is_a_broken_image() -> None:
+    """Its own errors are some of many: here a width that is no number, in the notes of a photo that is to be turned."""
+    wide, turned = struct.pack("<HHI4s", 0x0100, 2, 4, b"wid"), struct.pack("<HHII", 0x0112, 3, 1, 6)
+    notes = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + wide + turned + bytes(4)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=notes)
+    eyes = Vision.__new__(Vision)
+    eyes._max_pixels = None
+
+    with pytest.raises(ValueError, match="an image cannot be read: "):
+        eyes._opened(file.getvalue())
+
+
+def test_an_image_that_is_only_waited_for_is_not_cut_up(bases: Callable[[str], Path]) -> None:
+    """SmolVLM makes a thousand tokens of the smallest image, if it may."""
+    base = bases("smolvlm")
+    (row,) = rendered(base, PLAIN)
+    eyes = Vision(base, tokenizer.load(base), None)
+    given = {"input_ids": row.input_ids, "labels": row.labels, "text": row.text, "pictures": []}
+
+    batch = Collator(eyes, "", always=True)([given])
+
+    assert batch["pixel_values"].shape[:2] == (1, 1)
+    assert eyes.batch([eyes.placeholder], [[seeing.picture(1)]])["pixel_values"].shape[1] > 1
+
+
 def test_numbers_of_which_nobody_says_how_bright_they_are_are_refused() -> None:
     """Guessing would make all of them black, or white."""
     with pytest.raises(ValueError, match="it has 32 bits a pixel"):
@@ -536,6 +563,12 @@ def test_a_template_that_lies_in_a_file_of_its_own_is_found(bases: Callable[[str
     (base / "chat_template.json").write_text(json.dumps({"chat_template": template}))
 
     assert tokenizer.load(base).chat_template == template
+    several = [{"name": "default", "template": template}, {"name": "tool_use", "template": "?"}]
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": several}))
+    assert tokenizer.load(base).chat_template == template
+    (base / "chat_template.json").write_text("{}")
+    with pytest.raises(errors.ModelError, match=r"chat_template\.json holds no chat template \(KeyError"):
+        tokenizer.load(base)
 
 
 def test_nothing_is_brought_from_beside_data_in_the_root_of_a_bucket(s3: S3, bucket: str) -> None:

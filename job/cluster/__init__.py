@@ -1,12 +1,25 @@
 """Where am I: which machine of how many, with which hardware; and in touch with the others."""
 
 from job.cluster.first import First
-from job.cluster.hardware import cpus, gpus, interface, memory
+from job.cluster.hardware import cpus, free_memory, gpus, interface, memory
 from job.cluster.line import Asked, Lost, listen
 from job.cluster.node import Node, discover
 from job.cluster.peers import Alone, Other
 
-__all__ = ["Alone", "First", "Node", "Other", "cpus", "discover", "gpus", "interface", "join", "listen", "memory"]
+__all__ = [
+    "Alone",
+    "First",
+    "Node",
+    "Other",
+    "cpus",
+    "discover",
+    "free_memory",
+    "gpus",
+    "interface",
+    "join",
+    "listen",
+    "memory",
+]
 
 
 def join(here: Node, run: str, config: str, gpus: int, asked: Asked, lost: Lost) -> Alone | First | Other:

@@ -12,6 +12,7 @@ import psutil
 from job import errors, log
 
 _CGROUP = Path("/sys/fs/cgroup/cpu.max")
+_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
 def gpus(environ: Mapping[str, str], present: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -34,6 +35,15 @@ def cpus(limit: Path = _CGROUP) -> int:
     bound = len(os.sched_getaffinity(0))
     quota, _, period = limit.read_text("ascii").partition(" ") if limit.exists() else ("max", "", "")
     return bound if quota == "max" else max(1, min(bound, math.ceil(int(quota) / int(period))))
+
+
+def free_memory(limit: Path = _MEMORY) -> int:
+    """Bytes of host memory that are free, or fewer by what this process's container may have."""
+    free = int(psutil.virtual_memory().available)
+    told = limit.read_text("ascii").strip() if limit.exists() else "max"
+    if told == "max":
+        return free
+    return max(0, min(free, int(told) - int(limit.with_name("memory.current").read_text("ascii"))))
 
 
 def memory(gpus: tuple[str, ...]) -> int | None:

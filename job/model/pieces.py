@@ -4,6 +4,7 @@ So a model that no GPU could hold whole is shared out while it is loaded. Every 
 the page cache that they share, and no process holds more than a layer that it does not keep.
 """
 
+import json
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +25,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from job import errors
 from job.model import parts
 from job.model.prequantized import PACKED
 
-_ADAPTER = "adapter_"  # how the name of a file begins that belongs to no base
 _WRAPPED = ("base_model.model.", ".base_layer")  # what PEFT adds to a name
 
 
@@ -38,12 +39,12 @@ class Pieces:
 
     def __init__(self, base: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.base, self._device, self._dtype = base, device, dtype
-        self._changed: set[str] = set()
+        self.changed: set[str] = set()
+        """Names of what transformers would make something else of while loading."""
         self._files: dict[str, tuple[Path, str]] = {}
-        for path in sorted(base.glob("*.safetensors")):
-            if not path.name.startswith(_ADAPTER):
-                with safe_open(path, "pt") as file:
-                    self._files |= {key: (path, key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        for path in _whole(base):
+            with safe_open(path, "pt") as file:
+                self._files |= {key: (path, key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
 
     @property
     def names(self) -> AbstractSet[str]:
@@ -68,9 +69,14 @@ class Pieces:
                 name, changed = usual, None
             if leaf in PACKED:
                 name = f"{name.removesuffix('.weight')}.{leaf}"
-            self._files[key if changed else name] = place
+            name = key if changed else name
+            if name in self._files:
+                raise errors.ModelError(
+                    f"model.base: {name} is in the files twice, as {key} and as {self._files[name][1]}: take one out"
+                )
+            self._files[name] = place
             if changed:
-                self._changed.add(key)
+                self.changed.add(name)
 
     def fit(self, network: nn.Module) -> bool:
         """Whether every weight of `network` is there under its own name; tied ones may lack.
@@ -80,7 +86,7 @@ class Pieces:
         """
         own = {name for name, _ in network.named_parameters()}
         tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - own
-        return own <= self._files.keys() - self._changed and not tied & self._files.keys()
+        return own <= self._files.keys() - self.changed and not tied & self._files.keys()
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Load the weights of `module`, which is called `prefix` in the network, as far as they are still missing.
@@ -151,6 +157,16 @@ def outline(
     network.requires_grad_(requires_grad=False)
     network.eval()  # type: ignore[no-untyped-call]
     return network
+
+
+def _whole(base: Path) -> list[Path]:
+    """The files that transformers reads: others may lie beside them, such as the original ones of Llama and Mistral."""
+    index = base / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return [
+            base / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    return [base / SAFE_WEIGHTS_NAME] if (base / SAFE_WEIGHTS_NAME).is_file() else sorted(base.glob("*.safetensors"))
 
 
 def _plain(name: str) -> str:

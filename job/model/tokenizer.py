@@ -50,9 +50,20 @@ def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False)
         )
     apart = base / _TEMPLATE
     if not loaded.chat_template and apart.is_file():
-        loaded.chat_template = json.loads(apart.read_text(encoding="utf-8"))["chat_template"]
+        loaded.chat_template = _apart(apart)
     _choose(loaded, template, base)
     return loaded
+
+
+def _apart(file: Path) -> str:
+    """The template in a file of its own; of several the one that is called default."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        if isinstance(told, list):
+            told = {each["name"]: each["template"] for each in told}
+        return str(told["default"] if isinstance(told, dict) else told)
+    except (ValueError, KeyError, TypeError) as e:
+        raise errors.ModelError(f"model.base: {file} holds no chat template ({type(e).__name__}: {e})") from e
 
 
 def input_heading(tokenizer: "PreTrainedTokenizerBase") -> str:

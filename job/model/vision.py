@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _STAND = ("image_token_id", "video_token_id", "audio_token_id")  # in a config: tokens that the model replaces
+_TILES = "do_image_splitting"  # of SmolVLM and Idefics 3, which make even a small image large, and cut it up
 _PARTS = "vision_config"  # of the config.json of a model that sees images
 _FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
 
@@ -115,14 +116,21 @@ class Vision:
             )
         return Read(read["input_ids"], read["offset_mapping"], shifts)
 
-    def batch(self, texts: Sequence[str], images: Sequence[Sequence[bytes]]) -> dict[str, "torch.Tensor"]:
-        """What the model gets of several texts, filled up on the right to the longest."""
+    def batch(
+        self, texts: Sequence[str], images: Sequence[Sequence[bytes]], *, split: bool = True
+    ) -> dict[str, "torch.Tensor"]:
+        """What the model gets of several texts, filled up on the right to the longest.
+
+        Images are not `split` into tiles if that is said, by the families that do so.
+        """
         if self._words.pad_token is None:
             self._words.pad_token = self._words.eos_token
         opened = [[self._opened(image) for image in each] for each in images]
+        tiles = hasattr(self._processor.image_processor, _TILES)
+        whole = {_TILES: False} if tiles and not split else {}
         made = self._made(
             text=list(texts), images=opened if any(opened) else None, add_special_tokens=False, padding=True,
-            padding_side="right", return_tensors="pt",
+            padding_side="right", return_tensors="pt", **whole,
         )  # fmt: skip
         return dict(made)
 
@@ -142,11 +150,11 @@ class Vision:
             ) from e
 
     def _opened(self, image: bytes) -> "Image.Image":
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
 
         try:
             opened = _coloured(ImageOps.exif_transpose(Image.open(io.BytesIO(image))))
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        except Exception as e:  # Pillow lets through what it meets in a broken file, struct.error and TypeError too
             raise ValueError(f"an image cannot be read: {e}") from e
         width, height = opened.size
         if self._max_pixels and width * height > self._max_pixels:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
 
 from job import config, errors, log
 from job.model import parts, pieces, prequantized
@@ -60,7 +61,7 @@ def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces
     how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
     found = pieces.outline(described, dtype, _quantization(settings, described, dtype, shared=True), **how)
     files.call_as(found)
-    if _kept_apart(found) or not files.fit(found):
+    if _kept_apart(found) or _turned(found) or not files.fit(found):
         return None
     _keep_differentiable(found)
     return found, files
@@ -140,11 +141,17 @@ def _kept_apart(network: PreTrainedModel) -> bool:
     return bool(network._keep_in_fp32_modules or network._keep_in_fp32_modules_strict)  # noqa: SLF001 - transformers' names
 
 
+def _turned(network: PreTrainedModel) -> bool:
+    """Whether quantized layers keep their weights the other way round than the files do, as GPT-2's."""
+    return any(getattr(module, "source_cls", None) is Conv1D for module in network.modules())
+
+
 def _odd(network: PreTrainedModel, files: Pieces) -> list[str]:
     """Names of weights that the files lack, that have no place in the network, or that are not tied after all."""
     tied: dict[str, str] = network.all_tied_weights_keys
     wanted = network.state_dict().keys()
     return [
+        *sorted(files.changed),
         *sorted(wanted - files.names - tied.keys()),
         *sorted(name for name in files.names - wanted if not name.endswith((".bias", ".inv_freq"))),
         *(name for name, other in tied.items() if name in files.names and not files.same(name, other)),

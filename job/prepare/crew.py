@@ -29,9 +29,17 @@ Rows = list[Row | BadRecordError]
 
 _ALONE = 8  # batches, which take less time than starting others
 _CORES = 4  # from which on text gains: tokenizers keep some busy by themselves, what sees images only one
-_MOST = 16  # processes: each takes half a GB of memory
+_MOST = 16  # processes
+_MEMORY = 500_000_000  # bytes that each takes
 _ROOT = Path(__file__).parents[2]
-_WORK = f"import sys; from {__name__} import work; work(int(sys.argv[1]))"
+# One thread each; libraries read these variables when they are loaded.
+_WORK = f"""
+import os, sys
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.putenv(name, "1")
+from {__name__} import work
+work(int(sys.argv[1]))
+"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Crew:
         self._own, self._recipe = own, recipe
         enough = _CORES if recipe.blind else 2
         self._alone: float = _ALONE if cluster.cpus() >= enough else math.inf
+        self._many = max(1, min(cluster.cpus(), _MOST, cluster.free_memory() // 2 // _MEMORY))
         self._hands: list[_Hand] = []
 
     def rows(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Rows]]:
@@ -74,7 +83,7 @@ class Crew:
                 self._alone -= 1
                 yield batch, list(self._own.rows([example for _, example in batch]))
                 continue
-            while len(self._hands) < min(cluster.cpus(), _MOST):
+            while len(self._hands) < self._many:
                 self._hands.append(_Hand(self._recipe))
             if len(under_way) == len(self._hands):
                 yield self._taken(*under_way.popleft())
@@ -148,3 +157,6 @@ def work(opened: int) -> None:
                 line.send((list(renderer.rows(examples)), renderer.eos_added))
         except errors.JobError as e:
             line.send(e)
+        except Exception as e:  # which nobody else would hear of
+            line.send(errors.JobError(f"a process that prepared the data met {type(e).__name__}: {e}"))
+            raise

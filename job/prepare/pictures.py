@@ -50,7 +50,8 @@ def _read(image: str | bytes, file: DataFile) -> bytes:
     name = _inner(image, file.images.url)
     if not is_image(name):
         raise BadRecordError(
-            f"the image {_short(image)} is not called as images are (.jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff)"
+            f"the image {_short(image)} is not called as images are (.jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, "
+            ".tiff, and nowhere a name that begins with . or _)"
         )
     try:
         return (file.images.path / name).read_bytes()

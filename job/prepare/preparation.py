@@ -85,6 +85,8 @@ class Preparation:
                     for row in rows:
                         marks.add(row, number)
                         self._seen |= bool(row.images)
+                    if self._hopeless(tally):
+                        break
                     if self._seen and self._data.packing:
                         raise errors.DataError(
                             "data.packing: the records have images, which are not packed: set it to false"

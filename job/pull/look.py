@@ -137,7 +137,7 @@ def _tensors(found: Found) -> list[str]:
             try:
                 size = int.from_bytes(storage.read_range(found.source, entry, 0, 8), "little")
                 names += json.loads(storage.read_range(found.source, entry, 8, 8 + min(size, _HEADER, entry.size - 8)))
-            except ValueError as e:
+            except (ValueError, TypeError) as e:
                 raise errors.ModelError(
                     f"model.base: {found.source.url}/{entry.key} is no safetensors file ({e}): upload it again"
                 ) from e

@@ -71,7 +71,8 @@ def seems_apart(network: PreTrainedModel, ids: torch.Tensor) -> bool:
     Compared with how much it changes where both are one example.
     """
     half = ids.shape[1] // 2
-    other = torch.cat([ids[:, half:].flip(1)[:, :half], ids[:, half:]], dim=1)
+    words = network.config.get_text_config().vocab_size
+    other = torch.cat([(ids[:, :half] + 1) % words, ids[:, half:]], dim=1)
     with torch.no_grad():
         change = [_said(network, ids, at) - _said(network, other, at) for at in (half, 0)]
     packed, together = (float(each[half - ids.shape[1] :].norm()) for each in change)

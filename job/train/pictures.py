@@ -26,7 +26,7 @@ class Collator:
     blank: str
     """A text for rows that only fill a batch up."""
     always: bool
-    """Give the model an image in every batch: processes that share it out wait for each other in all of its parts."""
+    """Give the model an image in every batch: processes that share it, or its optimizer, wait for each other in it."""
 
     def __post_init__(self) -> None:
         self._image = vision.blank()
@@ -38,7 +38,7 @@ class Collator:
             shortest = min(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
             texts[shortest] += self.vision.placeholder
             images[shortest] = [self._image]
-        made = self.vision.batch(texts, images)
+        made = self.vision.batch(texts, images, split=not added)
         ids, mask = made["input_ids"], made["attention_mask"]
         labels = torch.full_like(ids, IGNORED)
         for number, row in enumerate(rows):

@@ -91,7 +91,7 @@ def _trainer(
     rows = Dataset.from_file(str(task.data / "train.arrow"))
     whole = filled(rows, settings.train.global_batch_size)
     micro = settings.train.micro_batch_size * ranks.size
-    kind, more = _kind(task, words, ranks, seeing=pictures.COLUMN in rows.column_names)
+    kind, more = _kind(task, words, seeing=pictures.COLUMN in rows.column_names)
     trainer = kind(
         saving,
         Cadence(notice, saving, task, ranks, keep_best=keep_best),
@@ -113,16 +113,16 @@ def _trainer(
     return trainer
 
 
-def _kind(
-    task: Task, words: "transformers.PreTrainedTokenizerBase", ranks: Ranks, *, seeing: bool
-) -> tuple[type[Trainer], Any]:
+def _kind(task: Task, words: "transformers.PreTrainedTokenizerBase", *, seeing: bool) -> tuple[type[Trainer], Any]:
     """The trainer for what the examples are, and what it needs besides."""
     if task.config.train.method == "dpo":
         return PairTrainer, {"beta": task.config.train.beta, "data_collator": Collator(_padding(words))}
     if seeing:
         vision = Vision(task.base, words, task.config.data.max_pixels)
         blank = str(words.eos_token) * 2
-        return pictures.SeeingTrainer, {"data_collator": pictures.Collator(vision, blank, always=ranks.size > 1)}
+        return pictures.SeeingTrainer, {
+            "data_collator": pictures.Collator(vision, blank, always=task.team.strategy != "ddp")
+        }
     return Trainer, {}
 
 
