@@ -106,6 +106,15 @@ def test_a_process_that_is_killed_is_missed_at_once(recipe: Recipe) -> None:
     made.close()
 
 
+def test_what_nobody_thought_of_is_told_by_its_name(recipe: Recipe) -> None:
+    """And not only that a process is gone."""
+    made = Crew(recipe.renderer(), Recipe(**{**vars(recipe), "max_length": "?"}))
+
+    with pytest.raises(errors.JobError, match="a process that prepared the data met TypeError: "):
+        list(made.rows(batches(5)))
+    made.close()
+
+
 def test_what_a_base_cannot_do_is_said_as_it_is_in_one_process(recipe: Recipe, tmp_path: Path) -> None:
     """By the error that a process met, with its message."""
     made = Crew(recipe.renderer(), Recipe(**{**vars(recipe), "base": tmp_path}))

@@ -148,15 +148,17 @@ def work(opened: int) -> None:
     """Render what comes over the socket `opened`, by the recipe that comes first, until its other end is closed."""
     line = Connection(opened)
     logging.disable(logging.WARNING)  # what there is to warn of, the one that was there first has said
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            renderer = line.recv().renderer()
-            while True:
-                examples = line.recv()
-                renderer.eos_added = 0
-                line.send((list(renderer.rows(examples)), renderer.eos_added))
-        except errors.JobError as e:
-            line.send(e)
-        except Exception as e:  # which nobody else would hear of
-            line.send(errors.JobError(f"a process that prepared the data met {type(e).__name__}: {e}"))
-            raise
+    try:
+        renderer = line.recv().renderer()
+        while True:
+            examples = line.recv()
+            renderer.eos_added = 0
+            line.send((list(renderer.rows(examples)), renderer.eos_added))
+    except (EOFError, ConnectionError):
+        return
+    except errors.JobError as e:
+        failure = e
+    except Exception as e:  # noqa: BLE001 - which nobody else would hear of
+        failure = errors.JobError(f"a process that prepared the data met {type(e).__name__}: {e}")
+    with contextlib.suppress(ConnectionError):
+        line.send(failure)
