@@ -392,6 +392,7 @@ def test_images_in_parquet_are_read_as_the_hub_keeps_them(
     assert [row["pictures"] for row in held] == [[image["bytes"]] for image in shown]
 
 
+@pytest.mark.slow
 def test_text_alone_is_prepared_for_them_as_for_any_base(
     bases: Callable[[str], Path], tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:
