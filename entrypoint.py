@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from job.paths import Cache
     from job.storage import Store
 
-_PROJECT = "finetune-job"
-
 
 @dataclasses.dataclass(frozen=True)
 class Here:
@@ -57,7 +55,7 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
         log.event("cluster.spare", "another process of this machine does the work, and starts those it needs")
         return
     team = launch.team(settings, where, len(gpus))
-    store, cache = storage.connect(settings.run.url), _cache(settings, machine.environ, where.rank)
+    store, cache = storage.connect(settings.run.url), cli.cache(settings, machine.environ, where.rank)
     if not restart and _over(store, cache, settings, claim.agree(store, settings), notice):
         return
     preemption.watch(preemption.Endpoints.of(machine.environ), notice)
@@ -98,7 +96,7 @@ def lead(here: Here, *, restart: bool) -> None:
         here.peers.release()
     else:
         here.peers.tell(pull=True)
-    base = convert.native(pull.base(config, cache), cache, after)
+    base = convert.native(pull.base(config.model.base, cache), cache, after)
     if not trained:
         start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
         made = train(dataclasses.replace(here, store=store), owner, start, base)
@@ -175,7 +173,7 @@ def help_out(here: Here) -> None:
     told = first.hear()
     if "pull" in told:
         log.phase("pull")
-        base = convert.native(pull.base(config, cache), cache, machine.after)
+        base = convert.native(pull.base(config.model.base, cache), cache, machine.after)
         told = first.hear()
     if "start" in told:
         start = inputs.Start(**told["start"])
@@ -215,16 +213,9 @@ def look(machine: cli.Machine, *, restart: bool = False) -> None:
     if not restart:
         claim.agree(store, config)
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
-    cache = _cache(config, machine.environ)
+    cache = cli.cache(config, machine.environ)
     cache.check()
     pull.preflight(config, cache, machine.after, look=True)
-
-
-def _cache(config: "Config", environ: Mapping[str, str], node: int = 0) -> "Cache":
-    from job import paths
-
-    default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _PROJECT
-    return paths.Cache.of(Path(config.run.cache).expanduser() if config.run.cache else default, config.run.url, node)
 
 
 def _over(store: "Store", cache: "Cache", config: "Config", began: int, notice: preemption.Notice) -> bool:

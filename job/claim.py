@@ -55,6 +55,14 @@ def claim(store: Store, ours: Config, number: int, confirm: Callable[[], None], 
     return began
 
 
+def kept(store: Store) -> Config:
+    """The config of the run in `store`; raises `errors.ConfigError` if there is none."""
+    there = store.read(paths.CONFIG)
+    if there is None:
+        raise errors.ConfigError(f"{store.url} holds no {paths.CONFIG}: it is not the URL of a run")
+    return config.parse(there.data.decode(), f"{store.url}/{paths.CONFIG}")
+
+
 def _has_results(store: Store) -> bool:
     return any(
         store.list(place) for place in (paths.CHECKPOINTS, paths.ADAPTER, paths.MERGED, paths.REPORT, paths.DONE)

@@ -88,14 +88,26 @@ def files(directory: Path) -> dict[str, Path]:
     return names
 
 
-def of(directory: Path) -> Manifest:
-    """Describe every file below `directory`, except a manifest that is there already."""
-    return Manifest({name: File(size=p.stat().st_size, sha256=sha256(p)) for name, p in files(directory).items()})
+def of(directory: Path, known: Mapping[str, str] | None = None) -> Manifest:
+    """Describe every file below `directory`, except a manifest that is there already.
+
+    The SHA-256 of those that are `known`, by name, is not computed again.
+    """
+    digests = known or {}
+    return Manifest(
+        {
+            name: File(size=path.stat().st_size, sha256=digests.get(name) or sha256(path))
+            for name, path in files(directory).items()
+        }
+    )
 
 
-def seal(directory: Path) -> Manifest:
-    """Declare the local `directory` complete: write its manifest, as the last file and by rename."""
-    manifest = of(directory)
+def seal(directory: Path, known: Mapping[str, str] | None = None) -> Manifest:
+    """Declare the local `directory` complete: write its manifest, as the last file and by rename.
+
+    The SHA-256 of files that were hashed while they were written need not be computed again: `known`, by name.
+    """
+    manifest = of(directory, known)
     temporary = directory / _TEMPORARY
     temporary.write_bytes(manifest.to_json())
     temporary.rename(directory / NAME)

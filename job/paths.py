@@ -92,6 +92,10 @@ class Cache:
         """A base model, shared by all runs that use it."""
         return self.root / "models" / fingerprint
 
+    def adapter(self, fingerprint: str) -> Path:
+        """An adapter that is merged on its own."""
+        return self.root / "models" / f"adapter-{fingerprint}"
+
     def converted(self, fingerprint: str, made_by: str) -> Path:
         """What the code `made_by` makes of a base model that transformers does not load as it is."""
         return self.root / "models" / f"converted-{fingerprint}-{made_by}"

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from job.config import Config
 from job.preemption import Notice
 from job.storage import Store
 
+_MERGED = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|[^/]*\.json|[^/]*\.(txt|model|jinja|py|md|tiktoken)")
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "boto3")
 
 
@@ -25,6 +27,23 @@ def directory(store: Store, local: Path, place: str, confirm: Callable[[], None]
         place=place,
         digest=whole.digest,
     )
+
+
+def holds(store: Store, made_of: str) -> bool:
+    """Whether the whole store is a merged model that was made of that; False if there is room for it.
+
+    Raises `errors.ConfigError` if there is anything else: to publish replaces everything in its place.
+    """
+    told = _made(store, "")
+    if told and told.get("made_of") == made_of:
+        return True
+    there = [entry.key for entry in store.list("") if not entry.key.startswith(paths.PROBE)]
+    strange = [key for key in there if not _MERGED.fullmatch(key)]
+    if told or strange or manifest.NAME in there:
+        raise errors.ConfigError(
+            f"--out: {store.url} holds something else already, such as {(strange or there)[0]}: give a place of its own"
+        )
+    return False
 
 
 def done(

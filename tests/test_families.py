@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import files, take_back
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from job import config, errors, merge
+from job import config, errors, inputs, merge
 from job.model import lora, weights
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
@@ -92,14 +93,14 @@ def test_the_adapter_of_a_family_finds_its_layers_learns_and_merges(
             parameter.normal_(0, 0.1)
     network.save_pretrained(str(tmp_path / "adapter"))
 
-    merged = merge._sum(weights.for_merging(base, read.model, "float32"), tmp_path / "adapter")
-    merged.save_pretrained(tmp_path / "merged")
+    given = inputs.Base(base.as_uri(), base, "its digest")
+    made = merge.folder(
+        given, tmp_path / "adapter", read.model, config.Merge(dtype="float32"), tmp_path / "made" / "merged"
+    )
 
     adapted = logits(network)
-    torch.testing.assert_close(logits(merged), adapted, rtol=0, atol=1e-3)
-    torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), adapted, rtol=0, atol=1e-3
-    )
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(made)), adapted, rtol=0, atol=1e-3)
+    assert {*load_file(made / "model.safetensors")} == {*load_file(base / "model.safetensors")}
     assert (logits(AutoModelForCausalLM.from_pretrained(base)) - adapted).abs().max() > 0.1
 
 
@@ -215,5 +216,3 @@ def test_a_base_that_lacks_weights_is_refused(tmp_path: Path, tiny_run: Callable
 
     with pytest.raises(errors.ModelError, match=r"lacks 9 weights, the first is model\.layers\.2"):
         weights.for_training(base, read.model)
-    with pytest.raises(errors.ModelError, match="lacks 9 weights"):
-        weights.for_merging(base, read.model, "float32")

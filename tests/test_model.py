@@ -176,9 +176,9 @@ def test_targets_are_found_in_the_loaded_model(
     targets: object, layers: int, tiny_model: Path, settings: Callable[..., config.Config]
 ) -> None:
     """All linear layers but the head, those of the attention, or those named."""
-    read = settings(lora={"targets": targets})
+    read = settings(lora={"targets": targets}, model={"quantization": "none"})
 
-    network = lora.adapted(weights.for_merging(tiny_model, read.model, "bfloat16"), read.lora)
+    network = lora.adapted(weights.for_training(tiny_model, read.model), read.lora)
 
     adapted = {name.rpartition(".lora_A")[0] for name, _ in network.named_parameters() if "lora_A" in name}
     assert len(adapted) == layers
@@ -190,8 +190,8 @@ def test_a_target_that_matches_nothing_is_an_error(
     targets: list[str], tiny_model: Path, settings: Callable[..., config.Config]
 ) -> None:
     """With the names that there are; a part that matches does not excuse the part that does not."""
-    read = settings(lora={"targets": targets})
-    network = weights.for_merging(tiny_model, read.model, "bfloat16")
+    read = settings(lora={"targets": targets}, model={"quantization": "none"})
+    network = weights.for_training(tiny_model, read.model)
 
     with pytest.raises(errors.ModelError, match="c_attn matches no linear layer of the model; it has: down_proj, gate"):
         lora.adapted(network, read.lora)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ def cpus(limit: Path = _CGROUP) -> int:
 
 
 def free_memory(limit: Path = _MEMORY) -> int:
-    """Bytes of host memory that are free, or fewer by what this process's container may have."""
+    """Bytes of host memory that are free, or fewer by what this process or its container may have."""
     free = int(psutil.virtual_memory().available)
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        free = max(0, min(free, most - psutil.Process().memory_info().vms))
     told = limit.read_text("ascii").strip() if limit.exists() else "max"
     if told == "max":
         return free

@@ -2,15 +2,18 @@
 
 from job.config.data import Data, Source
 from job.config.identity import began, claimed, differences, digest
-from job.config.read import Places, all_keys, check, read
+from job.config.merging import Merging, merging
+from job.config.read import Places, all_keys, check, parse, read
 from job.config.schema import Config, Model
-from job.config.training import Checkpoint, Lora, Train
+from job.config.training import Checkpoint, Lora, Merge, Train
 
 __all__ = [
     "Checkpoint",
     "Config",
     "Data",
     "Lora",
+    "Merge",
+    "Merging",
     "Model",
     "Places",
     "Source",
@@ -21,5 +24,7 @@ __all__ = [
     "claimed",
     "differences",
     "digest",
+    "merging",
+    "parse",
     "read",
 ]

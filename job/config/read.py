@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
@@ -16,8 +16,10 @@ from job import errors
 from job.config.data import Source
 from job.config.identity import BEGAN
 from job.config.schema import Config
+from job.config.section import Section
 
 Tree = dict[str, Any]
+Kind = TypeVar("Kind", bound=Section)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +54,33 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise errors.ConfigError(f"{path}: cannot be read ({e}); give the path of a YAML file") from e
-    tree, places = _parse(text, str(path))
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, source: str, overrides: Iterable[str] = ()) -> Config:
+    """The config that `text` from `source` is; raises as `read` does."""
+    tree, places = _parse(text, source)
+    return check(overridden(tree, overrides, places), places)
+
+
+def overridden(tree: Tree, overrides: Iterable[str], places: Places) -> Tree:
+    """`tree` with ``dotted.key=value`` strings applied, and paths made URLs."""
     for override in overrides:
         _apply(tree, override)
     _refuse_interpolation(tree, "", places)
-    return check(_absolute(tree), places)
+    return _absolute(tree)
 
 
 def check(tree: Tree, places: Places) -> Config:
     """Turn plain data into a `Config`; raises `errors.ConfigError` that says where each fault stands."""
+    return made(tree, places, Config)
+
+
+def made(tree: Tree, places: Places, kind: type[Kind]) -> Kind:
+    """Turn plain data into a `kind` of config; raises as `check` does."""
     try:
         # By way of JSON, because pydantic's strict mode takes JSON arrays as tuples but not Python lists.
-        return Config.model_validate_json(json.dumps(tree, default=str))
+        return kind.model_validate_json(json.dumps(tree, default=str))
     except pydantic.ValidationError as e:
         raise errors.ConfigError("\n".join(_explain(fault, places) for fault in _plain(e))) from e
 
@@ -141,7 +158,7 @@ def _absolute(tree: Tree) -> Tree:
                 data[split] = [_source(each) for each in paths]
         if isinstance(data.get("images"), str):
             data["images"] = _url(data["images"])
-    for section, key in (("run", "url"), ("model", "base")):
+    for section, key in (("run", "url"), ("model", "base"), ("adapter", "url")):
         values = tree.get(section)
         if (
             isinstance(values, dict)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import AfterValidator, ByteSize, Field, field_validator, model_validator
 
 from job.config import urls
 from job.config.data import Data
@@ -10,6 +10,17 @@ from job.config.section import Section
 from job.config.training import Checkpoint, Distributed, Lora, Merge, Train
 
 _DEEPSPEED_MINUTES = 30  # of the groups that it makes, which nothing sets (deepspeed 0.19, utils/groups.py)
+
+
+def _readable(url: str) -> str:
+    if not url.startswith(("s3://", "file:///", "hf://")):
+        raise ValueError("must be s3://bucket/prefix, file:///absolute/path or hf://org/name@revision")
+    if url.startswith("hf://") and len(url.removeprefix("hf://").split("@")[0].split("/")) != 2:  # noqa: PLR2004 - org and name
+        raise ValueError("must be hf://org/name or hf://org/name@revision")
+    return urls.sound(url).rstrip("/")
+
+
+Readable = Annotated[str, AfterValidator(_readable)]
 
 
 class Run(Section):
@@ -53,10 +64,10 @@ class Run(Section):
 class Model(Section):
     """The frozen base and how it is held in memory."""
 
-    base: str
+    base: Readable
     """s3://bucket/prefix, file:///path or hf://org/name@revision of a folder in Hugging Face layout."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """How the frozen base is held while training; the merge always goes into the original weights."""
+    """How the frozen base is held while training; merge.base says what the adapter is added to."""
     double_quant: bool = True
     """Quantize the quantization constants too: about 0.4 bit per weight less (QLoRA, arXiv 2305.14314)."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -65,20 +76,17 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run Python that comes with the base. Only for a base that you have read, at a pinned revision."""
 
-    @field_validator("base")
-    @classmethod
-    def _is_readable_store(cls, url: str) -> str:
-        if not url.startswith(("s3://", "file:///", "hf://")):
-            raise ValueError("must be s3://bucket/prefix, file:///absolute/path or hf://org/name@revision")
-        if url.startswith("hf://") and len(url.removeprefix("hf://").split("@")[0].split("/")) != 2:  # noqa: PLR2004 - org and name
-            raise ValueError("must be hf://org/name or hf://org/name@revision")
-        return urls.sound(url).rstrip("/")
-
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:
         if self.trust_remote_code and self.base.startswith("hf://") and not urls.is_commit(self.base.partition("@")[2]):
             raise ValueError("trust_remote_code needs a pinned base: hf://org/name@ and the full 40-digit commit")
         return self
+
+
+def dequantizable(model: Model, merge: Merge) -> None:
+    """Raise `ValueError` if there is nothing that was dequantized."""
+    if merge.base == "dequantized" and model.quantization == "none":
+        raise ValueError("merge.base dequantized is for a base that model.quantization makes small: use original")
 
 
 class Config(Section):
@@ -104,6 +112,11 @@ class Config(Section):
                     f"{key} {url} lies inside run.url {self.run.url}, where the run writes: give the run a "
                     "place of its own"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _something_was_dequantized(self) -> Self:
+        dequantizable(self.model, self.merge)
         return self
 
     @model_validator(mode="after")

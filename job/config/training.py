@@ -119,7 +119,7 @@ class Merge(Section):
     """What becomes of the adapter at the end."""
 
     enabled: bool = True
-    base: Literal["original"] = "original"
-    """The weights as they were before quantization; never into 4-bit weights."""
+    base: Literal["original", "dequantized"] = "original"
+    """The weights as they were before quantization, or as the adapter saw them in training: rounded to 4 or 8 bits."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(MB|GB)$")] = "5GB"

@@ -4,15 +4,16 @@ So a model that no GPU could hold whole is shared out while it is loaded. Every 
 the page cache that they share, and no process holds more than a layer that it does not keep.
 """
 
+import copy
 import json
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,12 @@ from transformers import (
     PreTrainedModel,
 )  # fmt: skip
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -30,8 +36,20 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from job import errors
 from job.model import parts
 from job.model.prequantized import PACKED
+from job.model.shard import Shard
 
 _WRAPPED = ("base_model.model.", ".base_layer")  # what PEFT adds to a name
+
+
+@dataclass(frozen=True)
+class Change:
+    """How transformers makes weights of a model of some tensors in its files."""
+
+    rule: WeightConverter
+    pattern: str
+    """Which of the rule's patterns a tensor's name fits."""
+    target: str
+    """The first of the weights that are made."""
 
 
 class Pieces:
@@ -39,12 +57,11 @@ class Pieces:
 
     def __init__(self, base: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.base, self._device, self._dtype = base, device, dtype
-        self.changed: set[str] = set()
-        """Names of what transformers would make something else of while loading."""
-        self._files: dict[str, tuple[Path, str]] = {}
-        for path in _whole(base):
-            with safe_open(path, "pt") as file:
-                self._files |= {key: (path, key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        self.changed: dict[str, Change] = {}
+        """What transformers would make something else of while loading."""
+        self._files: dict[str, tuple[Shard, str]] = {}
+        for file in map(Shard, _whole(base)):
+            self._files |= {key: (file, key) for key in file.tensors}
 
     @property
     def names(self) -> AbstractSet[str]:
@@ -60,6 +77,7 @@ class Pieces:
         rename = [each for each in told if isinstance(each, WeightRenaming)]
         change = [each for each in told if isinstance(each, WeightConverter)]
         there, files = network.state_dict(), self._files
+        makers = {pattern: each for each in change for pattern in each.source_patterns}
         self._files = {}
         for key, place in files.items():
             stem, _, leaf = key.rpartition(".")
@@ -69,14 +87,15 @@ class Pieces:
                 name, changed = usual, None
             if leaf in PACKED:
                 name = f"{name.removesuffix('.weight')}.{leaf}"
-            name = key if changed else name
+            target, name = name, key if changed else name
             if name in self._files:
                 raise errors.ModelError(
                     f"model.base: {name} is in the files twice, as {key} and as {self._files[name][1]}: take one out"
                 )
             self._files[name] = place
             if changed:
-                self.changed.add(name)
+                self.changed[name] = Change(makers[changed], changed, target)
+        network._weight_conversions = [each for each in told if each.was_used()]  # type: ignore[assignment]  # noqa: SLF001 - as its loader does
 
     def fit(self, network: nn.Module) -> bool:
         """Whether every weight of `network` is there under its own name; tied ones may lack.
@@ -118,12 +137,27 @@ class Pieces:
             return cast("nn.Parameter", made.to(self._device))  # which quantizes it
         return nn.Parameter(value.to(self._device), requires_grad=False)
 
+    def made(self, target: str, network: PreTrainedModel, *, blank: bool = False) -> dict[str, torch.Tensor]:
+        """What transformers makes of those tensors of which `target` is made, by the names in the `network`.
+
+        Without memory if only names and shapes are asked for.
+        """
+        parts = sorted((name for name, each in self.changed.items() if each.target == target), key=dot_natural_key)
+        rule = copy.deepcopy(self.changed[parts[0]].rule)
+        for name in parts:
+            value: Any = self.blank(name) if blank else self.read(name)
+            rule.add_tensor(target, name, self.changed[name].pattern, value)
+        made = rule.convert(target, model=network, config=network.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def place(self, name: str) -> tuple[Shard, str]:
+        """The file that holds the tensor of that name, and what it is called there."""
+        return self._files[name]
+
     def read(self, key: str) -> torch.Tensor:
         """The tensor of that name, in host memory."""
-        path, called = self._files[key]
-        with safe_open(path, "pt") as file:
-            value: torch.Tensor = file.get_tensor(called)
-        return value
+        file, called = self._files[key]
+        return file.read(called)
 
     def same(self, key: str, other: str) -> bool:
         """Whether two tensors are equal, if both are there."""
@@ -131,10 +165,17 @@ class Pieces:
 
     def blank(self, key: str) -> torch.Tensor:
         """Its shape and number format, without memory."""
-        path, called = self._files[key]
-        with safe_open(path, "pt") as file:
-            part = file.get_slice(called)
-            return torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
+        file, called = self._files[key]
+        told = file.tensors[called]
+        return torch.empty(told.shape, dtype=told.dtype, device="meta")
+
+
+def skeleton(described: PretrainedConfig, dtype: torch.dtype, **how: object) -> PreTrainedModel:
+    """The modules of the model alone: even its largest weight never has memory."""
+    with torch.device("meta"):
+        network: PreTrainedModel = kind(described).from_config(described, dtype=dtype, **how)
+    network.tie_weights()
+    return network
 
 
 def kind(described: PretrainedConfig) -> Any:  # noqa: ANN401 - transformers' classes that choose a class have no base
@@ -149,14 +190,19 @@ def outline(
     with set_zero3_state(), init_empty_weights(include_buffers=False):  # DeepSpeed cannot share out what has no memory
         network: PreTrainedModel = kind(described).from_config(described, dtype=dtype, **how)
     if quantization is not None:
-        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-        quantizer.preprocess_model(model=network, device_map=None)
-        quantizer.postprocess_model(network)
-        network.hf_quantizer = quantizer
+        quantize(network, quantization)
     network.tie_weights()  # which `init_empty_weights` undoes
     network.requires_grad_(requires_grad=False)
     network.eval()  # type: ignore[no-untyped-call]
     return network
+
+
+def quantize(network: PreTrainedModel, how: BitsAndBytesConfig) -> None:
+    """Make layers that are quantized of those of `network`, still without weights, that `how` is about."""
+    quantizer = AutoHfQuantizer.from_config(how, pre_quantized=False)
+    quantizer.preprocess_model(model=network, device_map=None)
+    quantizer.postprocess_model(network)
+    network.hf_quantizer = quantizer
 
 
 def _whole(base: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The base model: quantized and frozen to train on, or in full to merge into."""
+"""The base model: quantized and frozen to train on."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,7 @@ def for_training(base: Path, settings: config.Model, *, shared: bool = False) ->
     Raises `errors.ModelError` if transformers cannot load it.
     """
     dtype = compute_dtype(settings.compute_dtype)
-    described, scheme = _described(base, settings)
+    described, scheme = describe(base, settings)
     if scheme:
         log.event(
             "model.prequantized",
@@ -56,7 +56,7 @@ def for_training(base: Path, settings: config.Model, *, shared: bool = False) ->
 def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces] | None:
     """The same without its weights, and where they are, to be shared out; None if transformers must load it whole."""
     dtype = compute_dtype(settings.compute_dtype)
-    described, _ = _described(base, settings)
+    described, _ = describe(base, settings)
     files = Pieces(base, torch.device(_device()), dtype)
     how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
     found = pieces.outline(described, dtype, _quantization(settings, described, dtype, shared=True), **how)
@@ -65,20 +65,6 @@ def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces
         return None
     _keep_differentiable(found)
     return found, files
-
-
-def for_merging(base: Path, settings: config.Model, dtype: str) -> PreTrainedModel:
-    """Load the original weights at `base` on the CPU in `dtype`, unpacked if they come quantized.
-
-    Raises `errors.ModelError` as above.
-    """
-    number = getattr(torch, dtype)
-    described, scheme = _described(base, settings)
-    if scheme is None:
-        return _load(base, described, settings, dtype=number, quantization_config=None, device_map="cpu")
-    loaded = _prequantized(base, described, scheme, settings, number, torch.device("cpu"))
-    linear.unpack(loaded)
-    return loaded
 
 
 def _load(base: Path, described: PretrainedConfig, settings: config.Model, **how: Any) -> PreTrainedModel:  # noqa: ANN401 - the border to transformers
@@ -158,7 +144,18 @@ def _odd(network: PreTrainedModel, files: Pieces) -> list[str]:
     ]
 
 
-def _described(base: Path, settings: config.Model) -> tuple[PretrainedConfig, Scheme | None]:
+def quantized(described: PretrainedConfig, settings: config.Model, dtype: torch.dtype) -> frozenset[str]:
+    """The names of the layers that are quantized to train on, in a base that is not quantized already."""
+    how = _quantization(settings, described, dtype, shared=False)
+    if how is None:
+        return frozenset()
+    network = pieces.skeleton(described, dtype, trust_remote_code=settings.trust_remote_code)
+    pieces.quantize(network, how)
+    small = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return frozenset(name for name, module in network.named_modules() if isinstance(module, small))
+
+
+def describe(base: Path, settings: config.Model) -> tuple[PretrainedConfig, Scheme | None]:
     """What its config.json says, without how it comes quantized, and that."""
     how = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
     try:

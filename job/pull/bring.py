@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from job import errors, log, manifest, paths, storage
-from job.config import Config, Source
+from job.config import Config, Merging, Source
 from job.inputs import Base, DataFile, Images, Prepared
 from job.manifest import Manifest
 from job.model import vision
@@ -34,21 +34,16 @@ def preflight(
     Raises the error that the run would end with later.
     """
     sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
-    found = [looked.base(config), *(looked.data(source.url) for source in sources)]
+    found = [looked.base(config.model.base), *(looked.data(source.url) for source in sources)]
     kind = looked.kind(config, found[0])
     found += _images(config, sources) if kind.sees and config.train.method == "sft" else ()
     conversions = cache.conversions(found[0].fingerprint)
-    for place in conversions:
-        keep.enter_context(storage.used(place))
     converts = kind.converts and not any(map(manifest.sealed, conversions))
     written = found[0].size * (converts + (config.merge.enabled and not helps))
-    keep.enter_context(storage.used(cache.work("")))
     places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
-    pulled = 0
-    for each, place in zip(found, places, strict=True):
+    for place in (*conversions, cache.work(""), *places):
         keep.enter_context(storage.used(place))
-        if not isinstance(each.source, storage.Folder) and not manifest.sealed(place):
-            pulled += max(0, each.size - storage.on_disk(place))
+    pulled = _to_pull(found, places)
     storage.make_room(cache.shelves(), pulled + written, config.run.cache_limit, look=look)
     log.event(
         "preflight",
@@ -57,11 +52,42 @@ def preflight(
     )
 
 
-def base(config: Config, cache: paths.Cache) -> Base:
-    """Bring the base model here, verified, and say which one it is."""
-    found = looked.base(config)
+def base(url: str, cache: paths.Cache) -> Base:
+    """Bring the base model at `url` here, verified, and say which one it is."""
+    found = looked.base(url)
     path, whole = _here(found, cache.base(found.fingerprint))
-    return Base(config.model.base, path, whole.digest, found.fingerprint)
+    return Base(url, path, whole.digest, found.fingerprint)
+
+
+def both(order: Merging, cache: paths.Cache, keep: ExitStack) -> str:
+    """Look at the base and the adapter of a merge on its own, as `preflight` does; returns what names both."""
+    found = [looked.base(order.model.base), looked.adapter(order.adapter.url)]
+    places = [cache.base(found[0].fingerprint), cache.adapter(found[1].fingerprint)]
+    for place in (*cache.conversions(found[0].fingerprint), cache.work(""), *places):
+        keep.enter_context(storage.used(place))
+    storage.make_room(cache.shelves(), _to_pull(found, places) + found[0].size, order.run.cache_limit, look=False)
+    return paths.digest(" ".join(each.fingerprint for each in found))
+
+
+def adapter(url: str, cache: paths.Cache) -> Path:
+    """Bring the adapter at `url` here, verified: against its manifest if it is of a run."""
+    found = looked.adapter(url)
+    path, whole = _here(found, cache.adapter(found.fingerprint))
+    seal = next((entry for entry in found.source.list() if entry.key == manifest.NAME), None)
+    told = storage.read_range(found.source, seal, 0, seal.size) if seal else None
+    if told and manifest.parse(told, url).files != whole.files:
+        raise errors.CorruptError(f"--adapter: {url} is not what its {manifest.NAME} says: start the run again")
+    return path
+
+
+def _to_pull(found: Sequence[Found], places: Sequence[Path]) -> int:
+    """Bytes that are not on this machine yet."""
+    there = [
+        isinstance(each.source, storage.Folder) or manifest.sealed(at) for each, at in zip(found, places, strict=True)
+    ]
+    return sum(
+        max(0, each.size - storage.on_disk(at)) for each, at, here in zip(found, places, there, strict=True) if not here
+    )
 
 
 def data(

@@ -44,9 +44,28 @@ class Found:
         return paths.digest(json.dumps([self.source.url, listing]))
 
 
-def base(config: Config) -> Found:
+def adapter(url: str) -> Found:
+    """The files of the adapter at `url`; raises `errors.ModelError` if there is none."""
+    source = storage.source(url)
+    entries = [e for e in source.list() if "/" not in e.key]
+    names = {e.key for e in entries}
+    if not {"adapter_config.json", "adapter_model.safetensors"} <= names:
+        there = f"it holds {_some(sorted(names))}" if names else "it holds no files"
+        raise errors.ModelError(
+            f"--adapter: {url} has no adapter_config.json and adapter_model.safetensors ({there}): give the URL of a "
+            "folder that PEFT wrote, such as the adapter/ of a run"
+        )
+    if paths.TRAINING in names and manifest.NAME not in names:
+        raise errors.ModelError(
+            f"--adapter: {url} is of a run that has not published it whole: start the run again first"
+        )
+    kept = [e for e in entries if e.key.startswith("adapter_") or not _WEIGHTS.search(e.key)]
+    return Found(source, [e for e in kept if e.key != manifest.NAME])
+
+
+def base(url: str) -> Found:
     """The files of the base model that are needed; raises `errors.ModelError` if it is no model, or not whole."""
-    source = storage.source(config.model.base)
+    source = storage.source(url)
     entries = [e for e in source.list() if e.key != manifest.NAME]
     if not entries:
         raise errors.NotFoundError(

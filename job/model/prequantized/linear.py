@@ -128,17 +128,6 @@ def settle(network: nn.Module) -> None:
             module.settle(name)
 
 
-def unpack(network: nn.Module) -> None:
-    """Make plain layers of the quantized ones."""
-    for name, module in list(network.named_modules()):
-        if isinstance(module, QuantizedLinear):
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            plain.weight = nn.Parameter(module.weight.contiguous(), requires_grad=False)
-            if module.bias is not None:
-                plain.bias = nn.Parameter(module.bias.to(module.dtype), requires_grad=False)
-            network.set_submodule(name, plain)
-
-
 def _check(name: str, plain: nn.Linear, scheme: Scheme, held: dict[str, torch.Tensor]) -> None:
     rows, columns = plain.in_features, plain.out_features
     uneven = scheme.group > 0 and rows % scheme.group > 0

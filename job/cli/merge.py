@@ -1,0 +1,58 @@
+"""The command `merge`: an adapter that is in a store already, wherever it was made."""
+
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import click
+
+from job import errors, log
+from job.cli.program import Program, cache, debugging, found, group, in_json, overriding
+
+if TYPE_CHECKING:
+    from job.config import Merging
+    from job.preemption import Notice
+
+
+@group.command()
+@click.argument("run", required=False, metavar="[CONFIG|RUN_URL]")
+@click.option("--base", metavar="URL", help="The base model; by default that of the run.")
+@click.option("--adapter", metavar="URL", help="A folder that PEFT wrote; by default that of the run.")
+@click.option("--out", metavar="URL", help="Where the merged model goes: a place of its own.")
+@overriding
+@in_json
+@debugging
+@click.pass_obj
+def merge(
+    program: Program, /, run: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool, **given: str | None  # noqa: FBT001 - click's flags
+) -> None:  # fmt: skip
+    """Add an adapter to a base model, wherever it was trained, and put the whole model into a store.
+
+    Base, adapter and settings are those of a run, if one is given; keys of model, merge and run can be --set.
+    """
+    from job import outcome
+
+    def job(_notice: "Notice", after: ExitStack) -> None:
+        from job import config
+
+        order = config.merging(found(run) if run else None, given, overrides)
+        _merge(order, program.environ, after)
+
+    outcome.conclude(job, as_json=as_json, debug=debug)
+
+
+def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> None:
+    from job import convert, merge, paths, publish, pull, storage
+
+    store, disk = storage.connect(order.run.url), cache(order, environ)
+    disk.make()
+    made_of = f"{pull.both(order, disk, after)} {order.model.model_dump_json()} {order.merge.model_dump_json()}"
+    storage.checked(store, paths.PROBE, required=order.run.conditional_writes == "required")
+    if not publish.holds(store, made_of):
+        base = convert.native(pull.base(order.model.base, disk), disk, after)
+        adapter = pull.adapter(order.adapter.url, disk)
+        merged = merge.folder(base, adapter, order.model, order.merge, disk.work("merged"), made_of)
+        publish.directory(store, merged, "", lambda: None)
+    shutil.rmtree(disk.work(""), ignore_errors=True)
+    log.event("merge.end", f"done: the merged model is in {store.url}", status=errors.DONE)

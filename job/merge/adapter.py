@@ -1,0 +1,255 @@
+"""The adapter to be merged: which weight each of its tensors changes, and how, as PEFT would compute it.
+
+Everything that is not understood is an error: what a merge leaves out, nobody would notice.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from job import errors
+from job.model.shard import Shard
+
+WEIGHT, BIAS = ".weight", ".bias"  # how names of parameters end
+SETTINGS = "adapter_config.json"
+FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # what PEFT adds to a name
+_WRAPPED, _KEPT = ".base_layer", ".modules_to_save."
+_REPLACED = ".original_module."  # what was there before, which PEFT saves too where the vocabulary has grown
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+_MAGNITUDE = ".lora_magnitude_vector"
+_FIRST, _SECOND = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
+_SHIFT = ".lora_B.bias"
+_BLOCK = 1 << 22  # numbers looked at in one go
+_SHOWN = 4  # names in one line
+
+# What PEFT 0.21 writes into its settings and the merge knows, or that changes nothing in what was trained.
+_KNOWN = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "runtime_config",
+}  # fmt: skip
+_PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")  # ways to begin that leave the base as it is
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What LoRA adds to the weight of a layer: `scale` x B A, and with a magnitude what DoRA makes of the sum."""
+
+    file: Shard
+    first: str
+    """Called A in the papers: [r, inputs]."""
+    second: str
+    """B: [outputs, r]."""
+    scale: float
+    embedding: bool
+    """Whether it is of an embedding, whose inputs are the rows of its weight."""
+    magnitude: str | None = None
+    bias: str | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.file.tensors[self.first].shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.file.tensors[self.first].shape[1]
+
+    @property
+    def outputs(self) -> int:
+        return self.file.tensors[self.second].shape[0]
+
+    def same(self, other: "LowRank") -> bool:
+        """Whether an embedding and a head, which is the other way round, are changed by the same numbers."""
+        ours, theirs = (
+            (self.read(self.first), self.read(self.second)),
+            (other.read(other.first), other.read(other.second)),
+        )
+        if self.embedding != other.embedding:
+            theirs = theirs[1].T, theirs[0].T
+        equal = all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+        return equal and self.scale == other.scale and self.magnitude is None and other.magnitude is None
+
+    def read(self, name: str) -> torch.Tensor:
+        """One of its tensors, in float32."""
+        return self.file.read(name).float()
+
+
+@dataclass
+class Adapter:
+    """An adapter that is whole and finite, by the names that modules and parameters have in the trained model."""
+
+    file: Shard
+    settings: Mapping[str, Any]
+    layers: dict[str, LowRank] = field(default_factory=dict)
+    """By the name of the module."""
+    whole: dict[str, str] = field(default_factory=dict)
+    """Parameters that were trained or kept whole, and what they are called in the file."""
+    tokens: dict[str, tuple[list[int], str]] = field(default_factory=dict)
+    """Embeddings of which some rows were trained: their numbers, and what the rows are called in the file."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The adapter in `folder`.
+
+        Raises `errors.ModelError` if it is none that can be merged, is not whole, holds NaN or infinity, or changes
+        nothing.
+        """
+        made = cls(Shard(_there(folder / FILE)), _settings(folder / SETTINGS))
+        parts: dict[str, dict[str, str]] = {}
+        for key in made.file.tensors:
+            module, kind = _parsed(key.removeprefix(_PREFIX))
+            if kind == "whole":
+                made.whole[module] = key
+            elif kind == "tokens":
+                made.tokens[module] = (_indices(made.settings, module), key)
+            elif kind != "replaced":
+                parts.setdefault(module, {})[kind] = key
+        for module, named in parts.items():
+            made.layers[module] = _layer(made.file, made.settings, module, named)
+        made._check()
+        return made
+
+    @property
+    def changed(self) -> set[str]:
+        """The parameters that it changes."""
+        biased = {name + BIAS for name, layer in self.layers.items() if layer.bias}
+        return {*(name + WEIGHT for name in (*self.layers, *self.tokens)), *biased, *self.whole}
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Leave these parameters as they are."""
+        for name in names:
+            self.whole.pop(name, None)
+            self.layers.pop(name.removesuffix(WEIGHT), None)
+
+    def shift(self, aliases: Mapping[str, str]) -> None:
+        """Call modules and parameters by other names where `aliases` has some: those of another transformers."""
+        for held in (self.layers, self.tokens):
+            for name in [name for name in held if name + WEIGHT in aliases]:
+                held[aliases[name + WEIGHT].removesuffix(WEIGHT)] = held.pop(name)  # type: ignore[assignment]
+        for name in [name for name in self.whole if name in aliases]:
+            self.whole[aliases[name]] = self.whole.pop(name)
+
+    def _check(self) -> None:
+        if not self.file.tensors:
+            raise errors.ModelError(f"the adapter holds no weights at all: {self.file.path} is empty")
+        broken = sorted(key for key in self.file.tensors if not all(torch.isfinite(p).all() for p in self._parts(key)))
+        if broken:
+            raise errors.ModelError(
+                f"the adapter holds NaN or Inf in {len(broken)} weights ({some(broken)}): its training went wrong; "
+                "lower train.learning_rate and train again"
+            )
+        moved = any(part.any() for layer in self.layers.values() for part in self._parts(layer.second))
+        if self.layers and not moved and not self.whole and not self.tokens:
+            raise errors.ModelError(
+                f"the adapter changes nothing: lora_B is zero in all {len(self.layers)} layers, so the merged model "
+                "would be the base: it was not trained, or saved without its weights"
+            )
+
+    def _parts(self, key: str) -> Iterator[torch.Tensor]:
+        outline = self.file.tensors[key]
+        step = max(1, _BLOCK // max(1, outline.row))
+        for first in range(0, outline.rows, step):
+            yield self.file.rows(key, first, min(outline.rows, first + step))
+
+
+def some(names: Sequence[str]) -> str:
+    """A few of them, for one line."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _parsed(name: str) -> tuple[str, str]:
+    """The module that a tensor belongs to, or the parameter that it is, and which part of it."""
+    kinds = {
+        **dict.fromkeys(_FIRST, "first"), **dict.fromkeys(_SECOND, "second"), _SHIFT: "bias", _TOKENS: "tokens",
+        _MAGNITUDE: "magnitude", f"{_MAGNITUDE}.weight": "magnitude",
+    }  # fmt: skip
+    for suffix, kind in kinds.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), kind
+    if _REPLACED in name:
+        return name, "replaced"
+    return name.replace(_WRAPPED, "").replace(_KEPT, "."), "whole"
+
+
+def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping[str, str]) -> LowRank:
+    lacking = {"first", "second", *(["magnitude"] if settings.get("use_dora") else [])} - named.keys()
+    if lacking:
+        letters = {"first": "lora_A", "second": "lora_B", "magnitude": "lora_magnitude_vector"}
+        raise errors.ModelError(
+            f"the adapter is not whole: {module} lacks {' and '.join(sorted(letters[each] for each in lacking))}: "
+            "save or bring it again"
+        )
+    one, two = file.tensors[named["first"]], file.tensors[named["second"]]
+    if len(one.shape) != 2 or len(two.shape) != 2 or one.shape[0] != two.shape[1]:  # noqa: PLR2004 - matrices
+        raise errors.ModelError(
+            f"the adapter's matrices for {module} are {list(one.shape)} and {list(two.shape)}, where [r, inputs] and "
+            "[outputs, r] can be merged: other layers than linear ones and embeddings are merged by PEFT itself"
+        )
+    rank = int(_of(settings, "rank_pattern", module, settings["r"]))
+    if one.shape[0] != rank:
+        raise errors.ModelError(
+            f"the adapter's matrices for {module} have rank {one.shape[0]}, and {SETTINGS} says {rank}: they do not "
+            "belong together"
+        )
+    alpha = float(_of(settings, "alpha_pattern", module, settings["lora_alpha"]))
+    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)  # arXiv 2312.03732 for the root
+    embedding = named["first"].endswith(_FIRST[1])
+    return LowRank(file, named["first"], named["second"], scale, embedding, named.get("magnitude"), named.get("bias"))
+
+
+def _of(settings: Mapping[str, Any], pattern: str, module: str, usual: object) -> Any:  # noqa: ANN401 - a number of PEFT's
+    special = settings.get(pattern) or {}
+    return special.get(get_pattern_key(special.keys(), module), usual)
+
+
+def _indices(settings: Mapping[str, Any], module: str) -> list[int]:
+    told = settings.get("trainable_token_indices")
+    if isinstance(told, Mapping):
+        told = next((each for name, each in told.items() if module == name or module.endswith(f".{name}")), None)
+    if not isinstance(told, list):
+        raise errors.ModelError(f"the adapter holds rows of {module}, and {SETTINGS} does not say which: save it again")
+    return [int(each) for each in told]
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    try:
+        told = dict(json.loads(_there(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise errors.ModelError(f"{path} cannot be read ({e}): bring the adapter again") from e
+    kind = told.get("peft_type")
+    if kind != "LORA":
+        raise errors.ModelError(f"the adapter is of the kind {kind}, where LORA can be merged: merge it with PEFT")
+    if told.get("init_lora_weights") not in _PLAIN:
+        raise errors.ModelError(
+            f"the adapter began with init_lora_weights {told['init_lora_weights']}, which changed the base as well: "
+            "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain adapter of it"
+        )
+    strange = sorted(key for key, value in told.items() if value and key not in _KNOWN)
+    if strange:
+        raise errors.ModelError(
+            f"the adapter was made with {some(strange)} ({SETTINGS}), which cannot be merged here: merge it with PEFT, "
+            "if it can be at all"
+        )
+    if not isinstance(told.get("r"), int) or not isinstance(told.get("lora_alpha"), int | float):
+        raise errors.ModelError(f"{path} does not say r and lora_alpha: it is not what PEFT writes")
+    return told
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        beside = sorted(each.name for each in path.parent.glob("adapter_*"))
+        raise errors.ModelError(
+            f"the adapter has no {path.name}{f', only {some(beside)}' if beside else ''}: give the folder that PEFT "
+            "wrote, with weights in safetensors"
+        )
+    return path

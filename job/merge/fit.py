@@ -1,0 +1,123 @@
+"""Whether an adapter belongs to a base: each part of it has its place there, and each place its part."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from job import errors
+from job.merge.adapter import BIAS, WEIGHT, Adapter, LowRank, some
+from job.model.pieces import Pieces
+
+_LAYERS = (nn.Linear, nn.Embedding, Conv1D)
+_SHAPE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+
+
+def check(adapter: Adapter, network: PreTrainedModel, files: Pieces) -> None:
+    """Call what `adapter` changes as `network` does; raises `errors.ModelError` if the two do not belong together."""
+    adapter.shift(_aliases(network, files))
+    there = network.state_dict().keys()
+    if biased := sorted(name for name, each in adapter.layers.items() if each.bias and name + BIAS not in there):
+        raise errors.ModelError(
+            f"the adapter has a bias for layers that have none in the base ({some(biased)}), so that has no place "
+            "for it: train without lora_bias"
+        )
+    if lost := sorted(adapter.changed - there):
+        raise errors.ModelError(
+            f"the adapter does not fit the base: {'none' if len(lost) == len(adapter.changed) else 'not all'} of its "
+            f"weights have a counterpart there; {len(lost)} have none, such as "
+            f"{some([name.removesuffix(WEIGHT) for name in lost])}: it was trained on another base"
+        )
+    modules = dict(network.named_modules())
+    for name, update in adapter.layers.items():
+        _fits(name, modules[name], update, enlarged=name + WEIGHT in adapter.whole)
+    if lacking := [*_untouched(adapter, modules), *_unkept(adapter)]:
+        raise errors.ModelError(
+            f"the adapter is not whole: by its settings it was trained on {some(lacking)}, of which it holds no "
+            f"weights ({len(lacking)} such): save or bring it again"
+        )
+
+
+def untie(adapter: Adapter, network: PreTrainedModel, files: Pieces) -> Mapping[str, str | None]:
+    """Which weights that are one in the base are two from now on.
+
+    By the name of the one that the files lack, or of one of them, where that comes from. Where the adapter changes
+    both alike they stay one, and a change is kept for each that is in the files.
+    """
+    apart: dict[str, str | None] = {}
+    for one, two in dict(network.all_tied_weights_keys).items():
+        changes = {one, two} & adapter.changed
+        if changes and two.removesuffix(WEIGHT) in adapter.tokens and one not in changes:  # PEFT ties those itself
+            if one in files.names:
+                adapter.tokens[one.removesuffix(WEIGHT)] = adapter.tokens[two.removesuffix(WEIGHT)]
+        elif len(changes) == 2 and _alike(adapter, one, two):  # noqa: PLR2004 - both
+            adapter.forget({one, two} - files.names)
+        elif changes:
+            lacking = [name for name in (one, two) if name not in files.names]
+            apart[lacking[0] if lacking else one] = ({one, two} - {*lacking}).pop() if lacking else None
+    return apart
+
+
+def _aliases(network: PreTrainedModel, files: Pieces) -> dict[str, str]:
+    """Names that weights have in the files, where the model has others: adapters of old versions use those."""
+    there = network.state_dict().keys()
+    named = {files.place(name)[1]: name for name in files.names - files.changed.keys()}
+    return {called: name for called, name in named.items() if called != name and called not in there}
+
+
+def _fits(name: str, module: nn.Module, update: LowRank, *, enlarged: bool) -> None:
+    if isinstance(module, nn.Linear) and not update.embedding:
+        wanted = (module.in_features, module.out_features)
+    elif isinstance(module, Conv1D) and not update.embedding:
+        wanted = (module.nx, module.nf)
+    elif isinstance(module, nn.Embedding) and update.embedding:
+        wanted = (module.num_embeddings, module.embedding_dim)
+    else:
+        raise errors.ModelError(
+            f"the adapter changes {name}, which is a {type(module).__name__} in the base: linear layers and "
+            "embeddings can be merged; merge it with PEFT"
+        )
+    if not enlarged and (update.inputs, update.outputs) != wanted:
+        raise errors.ModelError(
+            f"the adapter's matrices for {name} are for {update.inputs} inputs and {update.outputs} outputs, and the "
+            f"base has {wanted[0]} and {wanted[1]} there: it was trained on another base"
+        )
+
+
+def _untouched(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Layers that the settings mean and the adapter does not hold."""
+    told = {key: adapter.settings[key] for key in _SHAPE if adapter.settings.get(key)}
+    if not told.get("target_modules"):
+        return []
+    shape = LoraConfig(**told)
+    meant = {
+        name
+        for name, each in modules.items()
+        if isinstance(each, _LAYERS) and bool(check_target_module_exists(shape, name))
+    }
+    return sorted(meant - adapter.layers.keys() - {name.removesuffix(WEIGHT) for name in adapter.whole})
+
+
+def _unkept(adapter: Adapter) -> Iterable[str]:
+    """Modules that were trained whole, by the settings, and of which there is nothing."""
+    for name in adapter.settings.get("modules_to_save") or []:
+        if not any(re.search(rf"(^|\.){re.escape(name)}\.", each) for each in adapter.whole):
+            yield name
+
+
+def _alike(adapter: Adapter, one: str, two: str) -> bool:
+    """Whether both weights become the same."""
+    held = [adapter.whole.get(name) for name in (one, two)]
+    layers = [adapter.layers.get(name.removesuffix(WEIGHT)) for name in (one, two)]
+    if held[0] and held[1]:
+        same = torch.equal(adapter.file.read(held[0]), adapter.file.read(held[1]))
+    else:
+        same = held[0] is held[1]
+    if layers[0] and layers[1]:
+        return same and layers[0].same(layers[1])
+    return same and layers[0] is layers[1]

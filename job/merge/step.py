@@ -1,0 +1,114 @@
+"""The step itself: everything that can be known is checked first, then the weights are written, then looked at."""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from job import config as configs
+from job import errors, log, manifest, paths
+from job.config import Config
+from job.inputs import Base
+from job.merge import plan, proof, shards, sides
+from job.merge.adapter import FILE, Adapter
+from job.model import weights
+
+
+def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Path:
+    """Merge the sealed `adapter` folder of a run into `base` and return the folder of the sealed result.
+
+    Raises `errors.ModelError` as `folder` does, and `errors.ConfigError` if it is of a run with another config.
+    """
+    facts = _facts(adapter)
+    if facts["inputs"]["config"] != configs.digest(config):
+        raise errors.ConfigError("the adapter was trained with another config: use another run.url")
+    return folder(base, adapter, config.model, config.merge, cache.work("merged"))
+
+
+def folder(
+    base: Base, adapter: Path, model: configs.Model, wanted: configs.Merge, place: Path, made_of: str | None = None
+) -> Path:
+    """Merge `adapter` into `base` and return the folder of the sealed result, whose name begins with `place`.
+
+    If a name is given for what it is `made_of`, the result holds it.
+
+    The sum is taken in float32 and rounded once to ``merge.dtype``; of the weights no more is in memory than some
+    rows. A merge that was killed goes on with the shards that are whole. Raises `errors.ModelError` when the adapter
+    was trained on another base, does not fit, changes nothing, or makes the weights NaN or Inf.
+    """
+    given, facts = manifest.of(adapter), _facts(adapter)
+    out = place.with_name(f"{place.name}-{_made_from(base.digest, given.digest, model, wanted)}")
+    if manifest.sealed(out):
+        return out
+    _belongs(base, facts, manifest.sha256(adapter / FILE) if FILE in given.files else "")
+    read, dtype = Adapter.read(adapter), getattr(torch, wanted.dtype)
+    seen = _seen(model, facts) if wanted.base == "dequantized" else None
+    laid = plan.of(base.path, model, read, dtype, seen)
+    parts = shards.layout(laid.tensors, wanted.max_shard_size)
+    log.event(
+        "merge.start",
+        f"merging {len(read.changed)} weights of the adapter into the {wanted.base} base in {wanted.dtype}: "
+        f"{len(parts)} shard(s)",
+    )
+    partial, journal = (out.with_name(out.name + end) for end in (".partial", ".shards"))
+    partial.mkdir(parents=True, exist_ok=True)
+    written = shards.write(parts, partial, journal)
+    checked = proof.check(parts, partial)
+    sides.write(base.path, adapter, partial, laid, dtype)
+    told = {
+        **facts,
+        "adapter": given.digest,
+        "adapter_weights": given.files[FILE].sha256,
+        **({"made_of": made_of} if made_of else {}),
+        "merge": {"base": wanted.base, "dtype": wanted.dtype, "checked": str(checked)},
+    }
+    (partial / paths.TRAINING).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    whole = manifest.seal(partial, written)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    journal.unlink()
+    log.event("merge.done", f"merged model: {len(whole.files)} files, {log.size(whole.size)}", digest=whole.digest)
+    return out
+
+
+def _facts(adapter: Path) -> dict[str, Any]:
+    """How the adapter was trained; nothing of one that was made elsewhere."""
+    path = adapter / paths.TRAINING
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _made_from(base: str, adapter: str, model: configs.Model, wanted: configs.Merge) -> str:
+    """What the shards depend on, this code included."""
+    code = [manifest.sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    versions = map(importlib.metadata.version, ("torch", "transformers", "bitsandbytes"))
+    return paths.digest(" ".join([base, adapter, model.model_dump_json(), wanted.model_dump_json(), *code, *versions]))
+
+
+def _belongs(base: Base, facts: Mapping[str, Any], adapter: str) -> None:
+    trained_on = facts.get("inputs", {}).get("base")
+    if trained_on and trained_on != base.digest:
+        raise errors.ModelError(
+            f"model.base: {base.url} has digest {base.digest}, the adapter was trained on {trained_on}: put that base "
+            "back"
+        )
+    before = _facts(base.path)
+    if adapter and before.get("adapter_weights") == adapter:
+        raise errors.ModelError(
+            f"model.base: {base.url} is a merged model already, and holds this very adapter: merge into "
+            f"{before.get('base', 'the base that it was trained on')}"
+        )
+    if not trained_on:
+        log.warn(
+            "merge.unknown",
+            f"the adapter does not say by a digest which base it was trained on: that it was {base.url} is taken on "
+            "trust",
+        )
+
+
+def _seen(model: configs.Model, facts: Mapping[str, Any]) -> torch.dtype:
+    """The number format that training computed in."""
+    return weights.compute_dtype(facts.get("compute_dtype") or model.compute_dtype)
