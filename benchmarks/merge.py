@@ -202,11 +202,12 @@ def told(given: argparse.Namespace, size: int, took: dict[str, list[Took]], erro
         for name in took
     ]
     ratios = [f"{middle('PEFT', what) / middle('ours', what):.1f}" for what in ("seconds", "resident", "own")]
+    of = f"{size / 1e9:.1f} GB of random weights in bfloat16, rank {given.rank} on all linear layers; "
+    of += f"medians of {given.rounds} rounds in turns."
     return [
         "# Merging an adapter into its base, beside PEFT",
         "",
-        f"{size / 1e9:.1f} GB of random weights in bfloat16, rank {given.rank} on all linear layers; medians of "
-        f"{given.rounds} rounds in turns.",
+        of,
         "",
         "| | time | memory | without mapped files | error / rounding |",
         "| --- | --- | --- | --- | --- |",

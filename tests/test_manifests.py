@@ -224,7 +224,7 @@ def test_the_images_name_is_the_projects_version() -> None:
     image = f"finetune-job:{version}"
 
     assert "IMAGE ?= finetune-job:$(VERSION)" in text("Makefile")
-    assert f'version_option("{version}"' in text("job/cli.py")
+    assert f'version_option("{version}"' in text("job/cli/program.py")
     assert one(r"newTag: (\S+)", "k8s/base/kustomization.yaml") == version
     assert yaml.safe_load(text("spot/dstack.yml"))["image"] == image
     assert sky()["envs"]["IMAGE"] == image

@@ -139,13 +139,13 @@ def test_a_disk_that_is_too_small_is_said_at_once(
 
 def test_local_files_are_used_where_they_lie(settings: config.Config, base: Path, cache: paths.Cache) -> None:
     """A base of 140 GB on a shared file system is not copied, only hashed, and that once."""
-    one = pull.base(settings, cache)
+    one = pull.base(settings.model.base, cache)
 
     assert one.path == base
     assert one.digest == manifest.Manifest(manifest.of(base).files).digest
     assert not [name for name in files(cache.root) if name.endswith(".safetensors")]
     (base / "model.safetensors").write_bytes(b"another model")
-    assert pull.base(settings, cache).digest != one.digest
+    assert pull.base(settings.model.base, cache).digest != one.digest
 
 
 def test_the_digest_of_a_base_does_not_depend_on_where_it_lies(
@@ -155,9 +155,9 @@ def test_the_digest_of_a_base_does_not_depend_on_where_it_lies(
     s3.upload(base, bucket, "models/tiny")
     remote = config.read(tiny_run(model={"base": f"s3://{bucket}/models/tiny"}))
 
-    got = pull.base(remote, cache)
+    got = pull.base(remote.model.base, cache)
 
-    assert got.digest == pull.base(settings, cache).digest
+    assert got.digest == pull.base(settings.model.base, cache).digest
     assert got.path.is_relative_to(cache.root)
     assert files(got.path) == {*files(base), "manifest.json"}
 
@@ -168,11 +168,11 @@ def test_a_changed_base_is_pulled_anew(
     """The cache never answers for a bucket whose content has changed."""
     s3.upload(base, bucket, "models/tiny")
     settings = config.read(tiny_run(model={"base": f"s3://{bucket}/models/tiny"}))
-    old = pull.base(settings, cache)
+    old = pull.base(settings.model.base, cache)
     changed = json.loads((base / "config.json").read_text()) | {"changed": True}
     s3.client().put_object(Bucket=bucket, Key="models/tiny/config.json", Body=json.dumps(changed).encode())
 
-    new = pull.base(settings, cache)
+    new = pull.base(settings.model.base, cache)
 
     assert new.digest != old.digest
     assert json.loads((new.path / "config.json").read_text())["changed"]
@@ -187,7 +187,7 @@ def test_files_that_the_job_does_not_need_stay_in_the_bucket(
         (base / name).write_bytes(b"x")
     s3.upload(base, bucket, "models/tiny")
 
-    got = pull.base(config.read(tiny_run(model={"base": f"s3://{bucket}/models/tiny"})), cache)
+    got = pull.base(f"s3://{bucket}/models/tiny", cache)
 
     assert not files(got.path) & {"pytorch_model.bin", "model.gguf", "original/consolidated.pth"}
 
