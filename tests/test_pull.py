@@ -162,9 +162,7 @@ def test_the_digest_of_a_base_does_not_depend_on_where_it_lies(
     assert files(got.path) == {*files(base), "manifest.json"}
 
 
-def test_a_changed_base_is_pulled_anew(
-    base: Path, s3: S3, bucket: str, tiny_run: Callable[..., Path], cache: paths.Cache
-) -> None:
+def test_a_changed_base_is_pulled_anew(base: Path, s3: S3, bucket: str, cache: paths.Cache) -> None:
     """The cache never answers for a bucket whose content has changed."""
     s3.upload(base, bucket, "models/tiny")
     settings = config.read(tiny_run(model={"base": f"s3://{bucket}/models/tiny"}))
@@ -179,7 +177,7 @@ def test_a_changed_base_is_pulled_anew(
 
 
 def test_files_that_the_job_does_not_need_stay_in_the_bucket(
-    base: Path, s3: S3, bucket: str, tiny_run: Callable[..., Path], cache: paths.Cache
+    base: Path, s3: S3, bucket: str, cache: paths.Cache
 ) -> None:
     """Weights of other frameworks, quantized copies and subfolders are neither downloaded nor part of the digest."""
     for name in ("pytorch_model.bin", "model.gguf", "original/consolidated.pth"):
