@@ -105,17 +105,16 @@ def lead(here: Here, *, restart: bool) -> None:
         publish.directory(store, made / "report", paths.REPORT, owner.confirm)
         publish.directory(store, made / "adapter", paths.ADAPTER, owner.confirm)
     adapter = pull.artefact(store, paths.ADAPTER, cache, owner.confirm)
-    if config.merge.enabled and not publish.merged(store, began):
-        log.phase("merge")
-        from job import merge
-
-        merged = merge.merged(config, base, adapter, cache)
+    figures = pull.artefact(store, paths.REPORT, cache, owner.confirm)
+    if not (publish.merged(store, began) if config.merge.enabled else (figures / paths.SEEN).exists()):
+        merged = combine(here, base, adapter, figures)
         log.phase("publish")
-        publish.directory(store, merged, paths.MERGED, owner.confirm)
+        publish.directory(store, figures, paths.REPORT, owner.confirm)
+        if merged:
+            publish.directory(store, merged, paths.MERGED, owner.confirm)
     log.phase("publish")
     spent = attempts.spent(store, log_file, attempt, began)
     facts = json.loads((adapter / paths.TRAINING).read_text(encoding="utf-8"))
-    figures = pull.artefact(store, paths.REPORT, cache, owner.confirm)
     written = report.write(config, facts, spent, figures, store.url)
     publish.directory(store, written, paths.REPORT, owner.confirm)
     record = publish.done(store, config, facts, spent, attempt, owner.confirm)
@@ -161,6 +160,21 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
     with publish.tidied(store, start.attempt, machine.notice):
         launch.training(machine.command, task, environ, machine.notice, meeting)
     return task.out
+
+
+def combine(here: Here, base: "Base", adapter: Path, figures: Path) -> Path | None:
+    """Merge, if that is wanted, and look at the result; what is seen of it lies beside the `figures` then."""
+    from job import card, cluster, examine, merge
+
+    config, cache = here.machine.config, here.cache
+    log.phase("merge")
+    merged = merge.merged(config, base, adapter, cache) if config.merge.enabled else None
+    log.phase("examine")
+    models = examine.Models(base.path, adapter, merged, lambda: merge.other(config, base, adapter, cache))
+    seen = examine.results(models, config, figures, cache.work("seen"), cluster.gpus(here.machine.environ))
+    if merged:
+        merge.tell(merged, card.merged(config, base.path, merge.facts(merged), seen))
+    return merged
 
 
 def help_out(here: Here) -> None:
@@ -234,12 +248,8 @@ def _say_done(how: str, config: "Config", record: Mapping[str, Any]) -> None:
     from job import report
 
     places = ", ".join(f"{config.run.url}/{place}" for place in record["artefacts"])
-    log.event(
-        "run.done",
-        f"{how}: {report.summary(record)}; results in {places}",
-        status=errors.DONE,
-        artefacts=record["artefacts"],
-    )
+    message = f"{how}: {report.summary(record)}; results in {places}"
+    log.event("run.done", message, status=errors.DONE, artefacts=record["artefacts"])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _KEPT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # of a base whose weights alone are converted
+_TOLD = ("README.md", "LICEN", "NOTICE")  # how the names of those begin that say whose the base is
 _MADE_FROM = "converted-from.txt"
 _SOURCES = (
     Path(__file__),
@@ -60,6 +61,9 @@ def _made_by() -> str:
 def _convert(base: Base, layout: legacy.Layout | None, target: Path) -> None:
     from job.model import files  # torch takes seconds to import, and most bases need no conversion
 
+    for path in base.path.iterdir():
+        if path.is_file() and path.name.startswith(_TOLD):
+            shutil.copyfile(path, target / path.name)
     if layout is None:
         log.event("convert.start", f"{base.url} has pickled weights: writing them as safetensors")
         for path in base.path.iterdir():

@@ -14,7 +14,7 @@ from typing import Any
 
 BEGIN = "attempt.begin"
 PHASES = (
-    "start", "pull", "prepare", "load", "compile", "train", "save", "evaluate", "upload", "merge", "publish",
+    "start", "pull", "prepare", "load", "compile", "train", "save", "evaluate", "upload", "merge", "examine", "publish",
 )  # fmt: skip
 
 

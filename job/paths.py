@@ -22,6 +22,8 @@ ATTEMPTS = "attempts/"
 PREPARED = "prepared/"  # tokenized data, for the other machines of the run
 PROBE = ".probe/"
 _CHECKPOINT = re.compile(rf"^{CHECKPOINTS}(\d+)-(\d+)/")
+SEEN = "seen.json"  # in the report: what the result is like
+HELD_OUT = "held-out.json"  # examples to look at the result with
 TRAINING = "training.json"  # beside the adapter: what it was trained on, and how it went
 
 

@@ -2,11 +2,11 @@
 
 import datetime as dt
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job import goodput
+from job import card, goodput, paths
 from job.config import Config
 
 NAME = "report.md"
@@ -16,9 +16,13 @@ _BAR = 40  # characters of the longest bar
 def write(config: Config, facts: Mapping[str, Any], spent: goodput.Spent, directory: Path, store_url: str) -> Path:
     """Write the report beside the figures that training left in `directory` and return the directory."""
     data = json.loads((directory / "data.json").read_text(encoding="utf-8"))
+    told = directory / paths.SEEN
+    seen = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
     sample = (directory / "sample.txt").read_text(encoding="utf-8")
     sections = [
         _head(config, facts, store_url),
+        *([f"## The result\n{compared}"] if (compared := _result(seen)) else []),
+        *([_answers(seen["answers"])] if seen.get("answers") else []),
         _data(data),
         _time(spent),
         f"## What the model saw\nTrained tokens stand between ⟦ and ⟧.\n\n{_quoted(sample)}",
@@ -59,6 +63,27 @@ def _head(config: Config, facts: Mapping[str, Any], store_url: str) -> str:
         else "not asked for",
     }
     return f"# {config.run.name}\n\n" + "\n".join(f"- **{name}**: {value}" for name, value in rows.items())
+
+
+def _result(seen: Mapping[str, Any]) -> str:
+    """Whether the merged model is what was trained, and what each way to use it costs."""
+    opened = (
+        f"Plain transformers opens the merged model as {seen['class']}. Its logits are within {seen['off']:.2%} of "
+        f"those of the base with the adapter ({seen['dtype']}), which differ from the base's by {seen['effect']:.2%}."
+        if "off" in seen
+        else ""
+    )
+    return "\n\n".join(part for part in (opened, card.losses(seen)) if part)
+
+
+def _answers(answers: Sequence[Mapping[str, str]]) -> str:
+    """Held-out examples, answered by the base and by what it became: the likeliest words, cut where time was short."""
+    parts = ["## Answers before and after"]
+    for number, each in enumerate(answers, 1):
+        parts += [f"### {number}\n{_quoted(each['prompt'])}"]
+        for name, key in (("The base", "base"), ("Tuned", "tuned"), ("In the data", "wanted")):
+            parts.append(f"**{name}**\n\n{_quoted(each[key]) or '    (ends at once)'}")
+    return "\n\n".join(parts)
 
 
 def _data(data: Mapping[str, Any]) -> str:

@@ -36,10 +36,11 @@ UNTIED = {"embedding", "embedding, dora", "head", "embedding and head", "whole e
 def base(folder: Path, *, tied: bool, **more: object) -> Path:
     """A tiny Llama with weights large enough to matter, in float32."""
     torch.manual_seed(0)
-    described = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=40, initializer_range=0.2, tie_word_embeddings=tied, **more,
-    )  # fmt: skip
+    small: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40,
+        "num_key_value_heads": 1, "initializer_range": 0.2, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    described = LlamaConfig(**{**small, **more})
     LlamaForCausalLM(described).save_pretrained(folder)
     return folder
 

@@ -243,6 +243,7 @@ def tiny_config(folder: Path, model: Path, /, name: str = "run.yaml", **changes:
             "eval_every": 3,
         },
         "checkpoint": {"every_steps": 2, "keep": 2},
+        "examine": {"minutes": 0},  # it takes as long as all the rest; tests/test_examine.py is about it
     }  # fmt: skip
     for section, keys in changes.items():
         tree.setdefault(section, {}).update(keys)

@@ -162,7 +162,9 @@ def test_the_digest_of_a_base_does_not_depend_on_where_it_lies(
     assert files(got.path) == {*files(base), "manifest.json"}
 
 
-def test_a_changed_base_is_pulled_anew(base: Path, s3: S3, bucket: str, cache: paths.Cache) -> None:
+def test_a_changed_base_is_pulled_anew(
+    base: Path, s3: S3, bucket: str, tiny_run: Callable[..., Path], cache: paths.Cache
+) -> None:
     """The cache never answers for a bucket whose content has changed."""
     s3.upload(base, bucket, "models/tiny")
     settings = config.read(tiny_run(model={"base": f"s3://{bucket}/models/tiny"}))

@@ -43,7 +43,7 @@ def merge(
 
 
 def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> None:
-    from job import convert, merge, paths, publish, pull, storage
+    from job import card, cluster, convert, examine, merge, paths, publish, pull, storage
 
     store, disk = storage.connect(order.run.url), cache(order, environ)
     disk.make()
@@ -53,6 +53,9 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
         base = convert.native(pull.base(order.model.base, disk), disk, after)
         adapter = pull.adapter(order.adapter.url, disk)
         merged = merge.folder(base, adapter, order.model, order.merge, disk.work("merged"), made_of)
+        models = examine.Models(base.path, adapter, merged, lambda: None)
+        seen = examine.results(models, order, None, disk.work("seen"), cluster.gpus(environ))
+        merge.tell(merged, card.alone(order, base.path, merge.facts(merged), seen))
         publish.directory(store, merged, "", lambda: None)
     shutil.rmtree(disk.work(""), ignore_errors=True)
     log.event("merge.end", f"done: the merged model is in {store.url}", status=errors.DONE)

@@ -5,12 +5,13 @@ from job.config.identity import began, claimed, differences, digest
 from job.config.merging import Merging, merging
 from job.config.read import Places, all_keys, check, parse, read
 from job.config.schema import Config, Model
-from job.config.training import Checkpoint, Lora, Merge, Train
+from job.config.training import Checkpoint, Examine, Lora, Merge, Train
 
 __all__ = [
     "Checkpoint",
     "Config",
     "Data",
+    "Examine",
     "Lora",
     "Merge",
     "Merging",

@@ -18,7 +18,7 @@ NEUTRAL = frozenset(
     }
 )
 BEGAN = "began"  # the section of a kept config that says which attempt began the run
-_NEUTRAL_SECTIONS = ("checkpoint", "distributed", BEGAN)
+_NEUTRAL_SECTIONS = ("checkpoint", "distributed", "examine", BEGAN)
 
 
 def claimed(config: Config, began: int, owner: int) -> bytes:

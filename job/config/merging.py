@@ -9,7 +9,7 @@ from job import errors
 from job.config.read import Places, made, overridden
 from job.config.schema import Config, Model, Readable, Run, dequantizable
 from job.config.section import Section
-from job.config.training import Merge
+from job.config.training import Examine, Merge
 
 
 class Adapter(Section):
@@ -26,6 +26,7 @@ class Merging(Section):
     model: Model
     adapter: Adapter
     merge: Merge = Merge()
+    examine: Examine = Examine()
 
     @model_validator(mode="after")
     def _something_was_dequantized(self) -> Self:
@@ -41,7 +42,12 @@ def merging(run: Config | None, given: dict[str, str | None], overrides: Iterabl
     tree: dict[str, dict[str, Any]] = {"run": {}, "model": {}, "adapter": {}, "merge": {}}
     if run:
         told = run.model_dump(mode="json")
-        tree |= {"run": told["run"] | {"url": None}, "model": told["model"], "merge": told["merge"]}
+        tree |= {
+            "run": told["run"] | {"url": None},
+            "model": told["model"],
+            "merge": told["merge"],
+            "examine": told["examine"],
+        }
         tree["adapter"]["url"] = f"{run.run.url}/adapter"
     tree["run"].setdefault("name", "merge")
     for name, (section, key) in {

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, ByteSize, Field, field_validator, model_val
 from job.config import urls
 from job.config.data import Data
 from job.config.section import Section
-from job.config.training import Checkpoint, Distributed, Lora, Merge, Train
+from job.config.training import Checkpoint, Distributed, Examine, Lora, Merge, Train
 
 _DEEPSPEED_MINUTES = 30  # of the groups that it makes, which nothing sets (deepspeed 0.19, utils/groups.py)
 
@@ -100,6 +100,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     distributed: Distributed = Distributed()
     merge: Merge = Merge()
+    examine: Examine = Examine()
 
     @model_validator(mode="after")
     def _inputs_lie_outside(self) -> Self:

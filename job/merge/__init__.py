@@ -3,6 +3,6 @@
 The result is a sealed folder that plain transformers loads and that needs nothing of ours.
 """
 
-from job.merge.step import folder, merged
+from job.merge.step import facts, folder, merged, other, tell
 
-__all__ = ["folder", "merged"]
+__all__ = ["facts", "folder", "merged", "other", "tell"]

@@ -22,7 +22,8 @@ _KEPT = re.compile(
     r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[^/]*",
     re.IGNORECASE,
 )
-_WORDS = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens|chat_template|merges|spiece)")
+_WORDS = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens|merges|spiece)")
+_TEMPLATE = "chat_template"
 _TYPE = ("dtype", "torch_dtype")  # what transformers calls it, and what it called it before version 5
 _QUANTIZED = ("quantization_config", "compression_config")
 
@@ -30,11 +31,12 @@ _QUANTIZED = ("quantization_config", "compression_config")
 def write(base: Path, adapter: Path, target: Path, plan: Plan, dtype: torch.dtype) -> None:
     """Put what a model is used with into the folder `target`: the base's, and the adapter's where it has its own."""
     own = any(_WORDS.match(path.name) for path in _files(adapter))
-    for folder in (base, adapter):
-        for path in _files(folder):
-            if folder is base and own and _WORDS.match(path.name):
-                continue  # files of two tokenizers do not make one
+    speaks = own and _speaks(adapter)
+    for path in _files(base):  # files of two tokenizers do not make one, and a second template would hide the first
+        if not (own and _WORDS.match(path.name)) and not (speaks and path.name.startswith(_TEMPLATE)):
             shutil.copyfile(path, target / path.name)
+    for path in _files(adapter):
+        shutil.copyfile(path, target / path.name)
     _describe(target / CONFIG, plan, str(dtype).removeprefix("torch."))
     if (target / _GENERATION).is_file():
         _repair(target)
@@ -42,6 +44,13 @@ def write(base: Path, adapter: Path, target: Path, plan: Plan, dtype: torch.dtyp
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.iterdir()) if path.is_file() and _KEPT.fullmatch(path.name))
+
+
+def _speaks(folder: Path) -> bool:
+    """Whether the tokenizer in the folder has a chat template."""
+    told = folder / "tokenizer_config.json"
+    inside = told.is_file() and json.loads(told.read_text(encoding="utf-8")).get(_TEMPLATE)
+    return bool(inside) or any(path.name.startswith(_TEMPLATE) for path in _files(folder))
 
 
 def _describe(path: Path, plan: Plan, dtype: str) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from job import card, errors, log, manifest, paths
 from job import config as configs
-from job import errors, log, manifest, paths
 from job.config import Config
 from job.inputs import Base
 from job.merge import plan, proof, shards, sides
 from job.merge.adapter import FILE, Adapter
 from job.model import weights
+
+_ROOM = 1.1  # of the disk, for each byte of the base
 
 
 def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Path:
@@ -23,10 +25,33 @@ def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Pat
 
     Raises `errors.ModelError` as `folder` does, and `errors.ConfigError` if it is of a run with another config.
     """
-    facts = _facts(adapter)
-    if facts["inputs"]["config"] != configs.digest(config):
+    told = facts(adapter)
+    if told["inputs"]["config"] != configs.digest(config):
         raise errors.ConfigError("the adapter was trained with another config: use another run.url")
     return folder(base, adapter, config.model, config.merge, cache.work("merged"))
+
+
+def other(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Path | None:
+    """What the merge into the other base than ``merge.base`` would give, not sealed; None if there is no other.
+
+    It is made to be compared with, and takes as much of the disk once more; None if that is not free either.
+    """
+    free, size = (
+        shutil.disk_usage(cache.root).free,
+        sum(path.stat().st_size for path in base.path.glob("*.safetensors")),
+    )
+    _, scheme = weights.describe(base.path, config.model)
+    if config.model.quantization == "none" or scheme or free < size * _ROOM:
+        return None
+    turned = "original" if config.merge.base == "dequantized" else "dequantized"
+    wanted = config.merge.model_copy(update={"base": turned})
+    out = cache.work("merged-other")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    laid, parts = _laid(base, Adapter.read(adapter), config.model, wanted, facts(adapter))
+    shards.write(parts, out, out / "written.shards")
+    sides.write(base.path, adapter, out, laid, getattr(torch, wanted.dtype))
+    return out
 
 
 def folder(
@@ -40,15 +65,13 @@ def folder(
     rows. A merge that was killed goes on with the shards that are whole. Raises `errors.ModelError` when the adapter
     was trained on another base, does not fit, changes nothing, or makes the weights NaN or Inf.
     """
-    given, facts = manifest.of(adapter), _facts(adapter)
+    given, made = manifest.of(adapter), facts(adapter)
     out = place.with_name(f"{place.name}-{_made_from(base.digest, given.digest, model, wanted)}")
     if manifest.sealed(out):
         return out
-    _belongs(base, facts, manifest.sha256(adapter / FILE) if FILE in given.files else "")
+    _belongs(base, made, manifest.sha256(adapter / FILE) if FILE in given.files else "")
     read, dtype = Adapter.read(adapter), getattr(torch, wanted.dtype)
-    seen = _seen(model, facts) if wanted.base == "dequantized" else None
-    laid = plan.of(base.path, model, read, dtype, seen)
-    parts = shards.layout(laid.tensors, wanted.max_shard_size)
+    laid, parts = _laid(base, read, model, wanted, made)
     log.event(
         "merge.start",
         f"merging {len(read.changed)} weights of the adapter into the {wanted.base} base in {wanted.dtype}: "
@@ -60,7 +83,7 @@ def folder(
     checked = proof.check(parts, partial)
     sides.write(base.path, adapter, partial, laid, dtype)
     told = {
-        **facts,
+        **made,
         "adapter": given.digest,
         "adapter_weights": given.files[FILE].sha256,
         **({"made_of": made_of} if made_of else {}),
@@ -75,10 +98,26 @@ def folder(
     return out
 
 
-def _facts(adapter: Path) -> dict[str, Any]:
-    """How the adapter was trained; nothing of one that was made elsewhere."""
-    path = adapter / paths.TRAINING
+def tell(folder: Path, text: str) -> None:
+    """Put the card `text` into the sealed `folder` of a merged model, and seal it again."""
+    known = {name: file.sha256 for name, file in (manifest.sealed(folder) or manifest.of(folder)).files.items()}
+    (folder / card.NAME).write_text(text, encoding="utf-8")
+    known.pop(card.NAME, None)
+    manifest.seal(folder, known)
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What a folder was made of; nothing of an adapter that was made elsewhere."""
+    path = folder / paths.TRAINING
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _laid(
+    base: Base, adapter: Adapter, model: configs.Model, wanted: configs.Merge, facts: Mapping[str, Any]
+) -> tuple[plan.Plan, shards.Shards]:
+    seen = _seen(model, facts) if wanted.base == "dequantized" else None
+    laid = plan.of(base.path, model, adapter, getattr(torch, wanted.dtype), seen)
+    return laid, shards.layout(laid.tensors, wanted.max_shard_size)
 
 
 def _made_from(base: str, adapter: str, model: configs.Model, wanted: configs.Merge) -> str:
@@ -88,14 +127,14 @@ def _made_from(base: str, adapter: str, model: configs.Model, wanted: configs.Me
     return paths.digest(" ".join([base, adapter, model.model_dump_json(), wanted.model_dump_json(), *code, *versions]))
 
 
-def _belongs(base: Base, facts: Mapping[str, Any], adapter: str) -> None:
-    trained_on = facts.get("inputs", {}).get("base")
+def _belongs(base: Base, made: Mapping[str, Any], adapter: str) -> None:
+    trained_on = made.get("inputs", {}).get("base")
     if trained_on and trained_on != base.digest:
         raise errors.ModelError(
             f"model.base: {base.url} has digest {base.digest}, the adapter was trained on {trained_on}: put that base "
             "back"
         )
-    before = _facts(base.path)
+    before = facts(base.path)
     if adapter and before.get("adapter_weights") == adapter:
         raise errors.ModelError(
             f"model.base: {base.url} is a merged model already, and holds this very adapter: merge into "

@@ -14,7 +14,7 @@ from job import errors, log
 from job.config import Config
 from job.inputs import DataFile
 from job.model import tokenizer
-from job.prepare import formats, judge, pictures, records, select
+from job.prepare import formats, held, judge, pictures, records, select
 from job.prepare.crew import Batch, Crew, Recipe, Rows
 from job.prepare.formats import Example
 from job.prepare.records import Record
@@ -31,7 +31,7 @@ _PART = 600  # characters of an example in a message
 
 
 class Preparation:
-    """Writes ``train.arrow``, perhaps ``eval.arrow``, ``data.json`` and ``sample.txt`` into `target`."""
+    """Writes ``train.arrow``, perhaps ``eval.arrow``, and what is to be known of them into `target`."""
 
     def __init__(self, config: Config, recipe: Recipe, target: Path) -> None:
         self._data, self._seed, self._target = config.data, config.run.seed, target
@@ -62,6 +62,8 @@ class Preparation:
                 f"to {self._renderer.eos_added} example(s)",
             )
         self._choose(tallies, marks, [file.weight for file in train])
+        split = "eval" if "eval" in tallies else "train"
+        held.out(self._target, split, 0 if self._seen else tallies[split].examples, self._words)
         if self._data.packing:
             self._pack(tallies["train"])
         counts = {

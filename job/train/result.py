@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from job import checkpoint, log, paths
+from job import card, checkpoint, log, paths
 from job.checkpoint import state
 from job.inputs import Task
-from job.model import vision
+from job.model import vision, weights
 from job.train.trainer import Trainer
 
 
@@ -31,7 +31,6 @@ def write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, bes
     weights = state.adapter(kept.path)
     _tell_idle(weights)
     trainer.model.save_pretrained(str(adapter), state_dict=weights)
-    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's names nothing but a path
     trainer.processing_class.save_pretrained(str(adapter))
     vision.copy(task.base, adapter)
     facts = _facts(task, trainer.state, best)
@@ -42,7 +41,8 @@ def write(task: Task, trainer: Trainer, checkpoints: checkpoint.Checkpoints, bes
             "adapter is worse than the base; lower train.learning_rate, or look at the data",
         )
     (adapter / paths.TRAINING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    for name in ("data.json", "sample.txt"):
+    (adapter / card.NAME).write_text(card.adapter(task.config, task.base, facts), encoding="utf-8")
+    for name in ("data.json", "sample.txt", paths.HELD_OUT):
         shutil.copyfile(task.data / name, report / name)
 
 
@@ -72,6 +72,7 @@ def _facts(task: Task, state: transformers.TrainerState, best: int | None) -> di
         "step_kept": kept,
         "epochs": state.epoch,
         "tokens": int(state.num_input_tokens_seen),
+        "compute_dtype": str(weights.compute_dtype(task.config.model.compute_dtype)).removeprefix("torch."),
         "loss_measured_on": "eval" if measured else "train",
         "loss_before": evaluation.get(0) if measured else training[0],
         "loss_after": evaluation.get(kept) if measured else training[-1],

@@ -1,0 +1,148 @@
+"""Opens models with nothing but transformers and PEFT, as their users do, and tells what they compute.
+
+A program of its own that imports nothing of the job. What it is asked is a JSON file, and what it tells is one: a line
+for each model, as soon as it is known. It ends when the process that started it does.
+"""
+
+import gc
+import json
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+IGNORED = -100  # the label of a token without loss
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def f(x):\n    return x ** 2  # 12345678",
+    "你好，世界。 Grüße aus München! Привет, мир 🙂",
+)
+_OFFLINE = {"local_files_only": True}
+Network: TypeAlias = Any  # each family has a class of its own
+
+
+def main() -> None:
+    """Answer what the file named first asks, in the file named second."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    examples = asked["examples"] or by_itself(asked["models"][0])
+    with Path(sys.argv[2]).open("w", encoding="utf-8") as told:
+        for model in asked["models"]:
+            try:
+                found = look(model, examples)
+            except (torch.OutOfMemoryError, MemoryError) as e:
+                found = {"memory": str(e)}
+            except Exception as e:  # noqa: BLE001 - whatever a library raises is the answer
+                found = {"error": f"{type(e).__name__}: {e}"}
+            told.write(json.dumps({"name": model["name"], **found}) + "\n")
+            told.flush()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def by_itself(model: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Examples for a model of which none are known: some text, all of it with loss."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
+    return [{"ids": ids, "labels": ids} for text in SENTENCES if len(ids := tokenizer(text)["input_ids"]) > 1]
+
+
+def look(model: dict[str, Any], examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """What there is to be known of one model."""
+    found: dict[str, Any] = {"tokenizer": words(model)}
+    network = load(model)
+    found["class"], found["rows"] = type(network).__name__, network.get_input_embeddings().weight.shape[0]
+    found["loss"], logits = losses(network, examples, model["positions"])
+    found["answers"] = answers(network, model)
+    if model["adapter"]:
+        with network.disable_adapter():
+            found["loss_before"], before = losses(network, examples, model["positions"])
+            found["answers_before"] = answers(network, model)
+        save_file({"logits": logits, "before": before}, model["logits"])
+    else:
+        save_file({"logits": logits}, model["logits"])
+    return found
+
+
+def words(model: dict[str, Any]) -> dict[str, Any]:
+    """What the tokenizer makes of some text, and of a question."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
+    ids = [tokenizer(text)["input_ids"] for text in SENTENCES]
+    asked = [{"role": "user", "content": SENTENCES[0]}]
+    chat = ""
+    if tokenizer.chat_template:
+        chat = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    return {"ids": ids, "texts": texts, "chat": chat, "tokens": len(tokenizer)}
+
+
+def load(model: dict[str, Any]) -> Network:
+    """The model, with the adapter if one is named, on the GPUs that there are or on the CPU."""
+    described = transformers.AutoConfig.from_pretrained(model["path"], **_how(model))
+    kind: Any = transformers.AutoModelForCausalLM
+    if getattr(described, "vision_config", None) is not None:
+        kind = transformers.AutoModelForImageTextToText
+    more: dict[str, Any] = {}
+    if model["quantized"]:
+        more["quantization_config"] = transformers.BitsAndBytesConfig(**model["quantized"])  # type: ignore[no-untyped-call]
+    network, loading = kind.from_pretrained(
+        model["path"], dtype=getattr(torch, model["dtype"]), output_loading_info=True, use_safetensors=True,
+        device_map="auto" if model["device"] == "cuda" else "cpu", **more, **_how(model),
+    )  # fmt: skip
+    if loading["missing_keys"]:
+        raise ValueError(f"it lacks {len(loading['missing_keys'])} weights, such as {min(loading['missing_keys'])}")
+    if model["adapter"]:
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(network, model["adapter"])
+    return network.eval()
+
+
+@torch.no_grad()
+def losses(network: Network, examples: Sequence[dict[str, list[int]]], positions: int) -> tuple[float, torch.Tensor]:
+    """The mean loss of a trained token, and the logits at up to `positions` of them, [positions, vocabulary]."""
+    total, count, kept = 0.0, 0, []
+    each = -(-positions // len(examples))
+    for example in examples:
+        ids = torch.tensor([example["ids"]], device=network.device)
+        labels = torch.tensor(example["labels"][1:], device=network.device)
+        logits = network(input_ids=ids).logits[0, :-1].to(labels.device)[labels != IGNORED].float()
+        total += float(torch.nn.functional.cross_entropy(logits, labels[labels != IGNORED], reduction="sum"))
+        count += len(logits)
+        kept.append(logits[:each].cpu())
+    return total / count, torch.cat(kept)
+
+
+@torch.no_grad()
+def answers(network: Network, model: dict[str, Any]) -> list[str]:
+    """The most likely answer to each prompt."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
+    made = []
+    for prompt in model["prompts"]:
+        ids = torch.tensor([prompt], device=network.device)
+        given = network.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=model["tokens"],
+            temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        made.append(str(tokenizer.decode(given[0, len(prompt) :], skip_special_tokens=True)))
+    return made
+
+
+def _how(model: dict[str, Any]) -> dict[str, Any]:
+    return {"trust_remote_code": model["trust_remote_code"], **_OFFLINE}
+
+
+def _end_with_the_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What the result is like: opened by plain transformers, compared with what was trained, and asked questions."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import adapters
+import psutil
+import pytest
+import yaml
+from conftest import command, files
+from safetensors.torch import load_file, save_file
+
+from job import cluster, config, errors, examine, inputs, merge
+
+Job = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def models(tiny_model: Path, tmp_path: Path) -> examine.Models:
+    """A base, an adapter that makes a difference, and what they make together."""
+    base = adapters.base(tmp_path / "base", tied=False, vocab_size=420)
+    for path in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("*.jinja")):
+        shutil.copy(path, base)
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 8}
+    adapters.adapter(adapters.plain(base), tmp_path / "adapter", **targets)
+    for path in base.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "adapter")
+    given = inputs.Base(base.as_uri(), base, "its digest")
+    made = merge.folder(
+        given, tmp_path / "adapter", config.Model(base=base.as_uri()), config.Merge(), tmp_path / "m" / "m"
+    )
+    return examine.Models(base, tmp_path / "adapter", made, lambda: None)
+
+
+def looked(models: examine.Models, scratch: Path, minutes: float = 5) -> dict[str, object]:
+    """What is seen of the models without examples, the base in full."""
+    model = {"base": models.base.as_uri(), "quantization": "none"}
+    order = config.Merging.model_validate(
+        {"run": {"name": "m", "url": "file:///out"}, "model": model, "adapter": {"url": models.adapter.as_uri()},
+         "examine": {"minutes": minutes}}
+    )  # fmt: skip
+    return examine.results(models, order, None, scratch, ())
+
+
+def test_a_run_tells_what_its_result_is_like(
+    tiny_model: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """Losses of each way to use it, answers before and after, and cards that pass the base's licence on."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ndatasets: [secret]\n---\n# The base\n")
+    described = tiny_run(model={"base": str(base)}, examine={"minutes": 5, "prompts": 2, "tokens": 8})
+
+    outcome = job("run", described)
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert "transformers alone opens the merged model (LlamaForCausalLM): its logits are within" in outcome.stderr
+    seen = json.loads((tmp_path / "run" / "report" / "seen.json").read_text())
+    facts = json.loads((tmp_path / "run" / "adapter" / "training.json").read_text())
+    assert seen["loss"].keys() == {"base", "trained", "adapted", "merged", "other"}
+    assert abs(seen["loss"]["trained"] - facts["loss_after"]) < 0.01
+    assert abs(seen["loss"]["base"] - facts["loss_before"]) < 0.01
+    assert seen["off"] < 0.02 < seen["effect"]
+    assert seen["from_trained"]["other"] < seen["from_trained"]["merged"]  # the dequantized base is what it saw
+    report = (tmp_path / "run" / "report" / "report.md").read_text()
+    assert "| the merged model: into the original base |" in report
+    assert "Nearer to what was trained is the merge into the dequantized base" in report
+    assert report.count("**Tuned**") == len(seen["answers"]) == 2
+    for place, library in (("adapter", "peft"), ("merged", "transformers")):
+        card = (tmp_path / "run" / place / "README.md").read_text()
+        head = yaml.safe_load(card.split("---")[1])
+        assert (head["license"], head["library_name"], "datasets" in head) == ("apache-2.0", library, False)
+        assert facts["inputs"]["base"] in card
+        assert facts["inputs"]["data"] in card
+    assert not [name for name in files(tmp_path / "cache" / "runs") if not name.endswith(".use")]
+
+
+def test_a_run_that_merges_nothing_answers_too(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
+    """By the adapter over its base; once more started, it looks at nothing again."""
+    described = tiny_run(merge={"enabled": False}, examine={"minutes": 5, "prompts": 1, "tokens": 4})
+
+    assert job("run", described).returncode == 0
+    again = job("run", described)
+
+    assert (again.returncode, "transformers" in again.stderr) == (0, False)
+    seen = json.loads((tmp_path / "run" / "report" / "seen.json").read_text())
+    assert seen["loss"].keys() == {"base", "trained", "adapted"}
+    assert len(seen["answers"]) == 1
+
+
+def test_the_merged_model_is_held_against_the_base_with_the_adapter(
+    models: examine.Models, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    """Without examples of its own, on some text."""
+    seen = looked(models, tmp_path / "scratch")
+
+    assert seen["class"] == "LlamaForCausalLM"
+    assert 0 < float(str(seen["off"])) < 0.02 < float(str(seen["effect"]))
+    assert "which differ from the base's by" in said()
+    assert not (tmp_path / "scratch").exists()
+
+
+def damaged(models: examine.Models, how: Callable[[Path], object]) -> examine.Models:
+    """The same with a merged model to which something was done."""
+    assert models.merged
+    copy = Path(shutil.copytree(models.merged, models.merged.with_name("damaged")))
+    how(copy)
+    return examine.Models(models.base, models.adapter, copy, models.other)
+
+
+def without(folder: Path, name: str) -> None:
+    held = load_file(folder / "model.safetensors")
+    held.pop(name)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_words(folder: Path) -> None:
+    words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words["model"]["merges"] = words["model"]["merges"][:5]
+    (folder / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (
+            lambda folder: shutil.copy(folder.parents[1] / "base" / "model.safetensors", folder),
+            "does not compute what the base with the adapter does: in float32 its logits are off by",
+        ),
+        (
+            lambda folder: without(folder, "model.norm.weight"),
+            "cannot be opened by plain transformers: ValueError: it lacks 1 weights, such as model.norm.weight",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text("{}"),
+            "cannot be opened by plain transformers: ValueError",
+        ),
+        (other_words, "the merged model's tokenizer splits text into other tokens than the adapter's"),
+    ],
+    ids=["the base", "a weight lacks", "no config", "tokenizer"],
+)
+def test_a_merged_model_that_is_not_what_was_trained_is_an_error(
+    how: Callable[[Path], object], told: str, models: examine.Models, tmp_path: Path
+) -> None:
+    """Whatever a merge has done wrong: this is the last moment before it is published."""
+    with pytest.raises(errors.ModelError, match=told):
+        looked(damaged(models, how), tmp_path / "scratch")
+
+
+def test_what_does_not_fit_into_memory_is_said(
+    models: examine.Models, tmp_path: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is no error: the sums were checked without a model in memory."""
+    monkeypatch.setattr(cluster, "free_memory", lambda: 10**6)
+
+    assert looked(models, tmp_path / "scratch") == {}
+
+    assert (
+        "the result is not opened on this machine: 0.0 billion weights take 2.0 GB of memory, and 1.0 MB are" in said()
+    )
+
+
+def test_what_takes_too_long_is_left_out_and_said(
+    models: examine.Models, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    """A job does not burn hours to look at itself."""
+    started = time.monotonic()
+
+    seen = looked(models, tmp_path / "scratch", minutes=0.01)
+
+    assert time.monotonic() - started < 30
+    assert (
+        "the merged model, the original base with the adapter: not looked at, because examine.minutes (0.01)" in said()
+    )
+    assert not seen.get("off")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)], ids=["asked", "killed"])
+def test_a_job_that_ends_while_it_looks_leaves_nobody_behind(
+    number: int, status: int, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
+) -> None:
+    """The program that looks ends with it, and the next start looks again."""
+    described = tiny_run(examine={"minutes": 5}, train={"max_steps": 2, "eval_every": 2})
+    process = subprocess.Popen(command("run", described), stderr=subprocess.DEVNULL, start_new_session=True)
+    looking = until(lambda: programs(process.pid))
+
+    os.kill(process.pid, number)
+
+    assert process.wait(30) == status
+    psutil.wait_procs(looking, 10)
+    assert not [program for program in looking if program.is_running()]
+    assert not (tmp_path / "run" / "merged" / "manifest.json").exists()
+    again = job("run", described)
+    assert again.returncode == 0, again.stderr
+    assert "merging" not in again.stderr  # what was merged on this machine is whole
+    assert "transformers alone opens the merged model" in again.stderr
+
+
+def programs(job: int) -> list[psutil.Process]:
+    """Those that look at a result for the `job`."""
+    with contextlib.suppress(psutil.Error):  # one that has just ended
+        return [each for each in psutil.Process(job).children() if any("plain.py" in word for word in each.cmdline())]
+    return []
+
+
+def until(found: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+    ends = time.monotonic() + 120
+    while not (made := found()):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    return made
