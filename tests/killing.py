@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,14 +31,19 @@ class Moment:
 class Stopped:
     """A start of the job that stands still at `moment`."""
 
-    def __init__(self, moment: Moment, config: Path, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, moment: Moment, config: Path, environ: dict[str, str] | None = None, told: Sequence[object] = ()
+    ) -> None:  # fmt: skip
         self._reached = config.parent / "reached"
-        told = {**asdict(moment), "reached": str(self._reached)}
+        where = {**asdict(moment), "reached": str(self._reached)}
         self._log = config.parent / "started.log"
-        more = {"MOMENT": json.dumps(told), "PYTHONPATH": str(ROOT / "tests" / "moments")}
+        more = {"MOMENT": json.dumps(where), "PYTHONPATH": str(ROOT / "tests" / "moments")}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command("run", config), env={**(environ or os.environ), **more}, stderr=log, start_new_session=True
+                command(*(told or ("run", config))),
+                env={**(environ or os.environ), **more},
+                stderr=log,
+                start_new_session=True,
             )
         until = time.monotonic() + SECONDS
         while not self._reached.exists():

@@ -13,7 +13,7 @@ ROWS = {
     "paths": 2, "inputs": 2, "storage": 2, "model": 2,
     "card": 3, "checkpoint": 3, "lease": 3, "claim": 3, "attempts": 3, "outcome": 3,
     "pull": 4, "convert": 4, "prepare": 4, "launch": 4, "train": 4, "merge": 4, "examine": 4, "publish": 4,
-    "report": 4, "render": 4,
+    "report": 4, "render": 4, "generate": 4, "chat": 4,
     "cli": 5,
     "entrypoint": 6,
 }  # fmt: skip

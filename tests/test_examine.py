@@ -81,6 +81,7 @@ def test_a_run_tells_what_its_result_is_like(
     assert not [name for name in files(tmp_path / "cache" / "runs") if not name.endswith(".use")]
 
 
+@pytest.mark.slow
 def test_a_run_that_merges_nothing_answers_too(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
     """By the adapter over its base; once more started, it looks at nothing again."""
     described = tiny_run(merge={"enabled": False}, examine={"minutes": 5, "prompts": 1, "tokens": 4})
@@ -181,7 +182,13 @@ def test_what_takes_too_long_is_left_out_and_said(
     assert not seen.get("off")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)], ids=["asked", "killed"])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGTERM, 75, id="asked"),
+        pytest.param(signal.SIGKILL, -9, id="killed", marks=pytest.mark.slow),
+    ],
+)
 def test_a_job_that_ends_while_it_looks_leaves_nobody_behind(
     number: int, status: int, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:

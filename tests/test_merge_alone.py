@@ -61,6 +61,7 @@ def test_an_adapter_from_elsewhere_is_merged_from_store_to_store(
     assert not [name for name in files(tmp_path / "cache" / "runs") if not name.endswith(".use")]
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run_is_merged_in_another_way(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
     """By its config, or by its URL alone; the run stays as it is."""
     described = tiny_run(merge={"enabled": False}, train={"max_steps": 1, "warmup": 0})
@@ -122,6 +123,7 @@ def test_a_merge_that_cannot_be_meant_is_refused(
     assert not [name for name in files(tmp_path) - before if name.endswith((".safetensors", "manifest.json"))]
 
 
+@pytest.mark.slow
 def test_another_model_is_not_overwritten(base: Path, adapter: Path, job: Job, tmp_path: Path) -> None:
     """A place that holds a merged model is that model's, until its owner removes it."""
     given = ["--base", base, "--out", tmp_path / "out", "--set", f"run.cache={tmp_path}/cache"]

@@ -5,7 +5,7 @@ import sys
 import click
 
 from job import errors
-from job.cli import merge, render, run  # noqa: F401 - each brings its commands
+from job.cli import merge, render, run, talk  # noqa: F401 - each brings its commands
 from job.cli.program import Machine, Program, cache, group
 
 __all__ = ["Machine", "Program", "cache", "main"]

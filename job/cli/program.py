@@ -86,5 +86,10 @@ def cache(config: "Config | Merging", environ: Mapping[str, str], node: int = 0)
     """The local disk as the config says, or where such things are kept by convention."""
     from job import paths
 
-    default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _PROJECT
-    return paths.Cache.of(Path(config.run.cache).expanduser() if config.run.cache else default, config.run.url, node)
+    root = Path(config.run.cache).expanduser() if config.run.cache else default_cache(environ)
+    return paths.Cache.of(root, config.run.url, node)
+
+
+def default_cache(environ: Mapping[str, str]) -> Path:
+    """Where programs keep what they can do without, by the XDG base directory specification."""
+    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _PROJECT

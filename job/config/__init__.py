@@ -4,8 +4,10 @@ from job.config.data import Data, Source
 from job.config.identity import began, claimed, differences, digest
 from job.config.merging import Merging, merging
 from job.config.read import Places, all_keys, check, parse, read
+from job.config.sampling import Sampling, sampling
 from job.config.schema import Config, Model
 from job.config.training import Checkpoint, Examine, Lora, Merge, Train
+from job.config.urls import absolute
 
 __all__ = [
     "Checkpoint",
@@ -17,8 +19,10 @@ __all__ = [
     "Merging",
     "Model",
     "Places",
+    "Sampling",
     "Source",
     "Train",
+    "absolute",
     "all_keys",
     "began",
     "check",
@@ -28,4 +32,5 @@ __all__ = [
     "merging",
     "parse",
     "read",
+    "sampling",
 ]

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import pydantic
 import yaml
 
 from job import errors
+from job.config import urls
 from job.config.data import Source
 from job.config.identity import BEGAN
 from job.config.schema import Config
@@ -68,7 +68,7 @@ def overridden(tree: Tree, overrides: Iterable[str], places: Places) -> Tree:
     for override in overrides:
         _apply(tree, override)
     _refuse_interpolation(tree, "", places)
-    return _absolute(tree)
+    return urls.all_absolute(tree)
 
 
 def check(tree: Tree, places: Places) -> Config:
@@ -146,45 +146,6 @@ def _refuse_interpolation(value: object, key: str, places: Places) -> None:
             f"{key}=… to change a value; "
             "credentials come from the standard AWS and Hugging Face chain"
         )
-
-
-def _absolute(tree: Tree) -> Tree:
-    """Turn plain paths of data files into file:// URLs, so that the resolved config means the same everywhere."""
-    data = tree.get("data")
-    if isinstance(data, dict):
-        for split in ("train", "eval"):
-            paths = data.get(split)
-            if isinstance(paths, list):
-                data[split] = [_source(each) for each in paths]
-        if isinstance(data.get("images"), str):
-            data["images"] = _url(data["images"])
-    for section, key in (("run", "url"), ("model", "base"), ("adapter", "url")):
-        values = tree.get(section)
-        if (
-            isinstance(values, dict)
-            and isinstance(values.get(key), str)
-            and values[key].startswith(("./", "../", "/", "~"))
-        ):
-            values[key] = _url(values[key])
-    return tree
-
-
-def _source(given: object) -> object:
-    if isinstance(given, dict) and isinstance(given.get("url"), str):
-        return given | {"url": _url(given["url"])}
-    return _url(given) if isinstance(given, str) else given
-
-
-def _url(path: str) -> str:
-    if "://" in path or not path:
-        return path
-    folder = "/" if path.endswith("/") else ""
-    try:
-        absolute = Path(path).expanduser().absolute()
-    except RuntimeError as e:
-        raise errors.ConfigError(f"{path}: {e}") from e
-    # Without following links: a link's name says what is in it, its target's often does not.
-    return Path(os.path.normpath(absolute)).as_uri() + folder
 
 
 def _plain(error: pydantic.ValidationError) -> list[Any]:

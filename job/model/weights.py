@@ -53,6 +53,17 @@ def for_training(base: Path, settings: config.Model, *, shared: bool = False) ->
     return loaded
 
 
+def for_answering(base: Path, settings: config.Model) -> PreTrainedModel:
+    """The same on all GPUs that there are, and what they do not hold on the CPU; not to be trained."""
+    described, scheme = describe(base, settings)
+    if scheme:
+        return for_training(base, settings)
+    dtype = compute_dtype(settings.compute_dtype)
+    how = _quantization(settings, described, dtype, shared=False)
+    where = "auto" if torch.cuda.is_available() else {"": "cpu"}
+    return _load(base, described, settings, dtype=dtype, quantization_config=how, device_map=where)
+
+
 def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces] | None:
     """The same without its weights, and where they are, to be shared out; None if transformers must load it whole."""
     dtype = compute_dtype(settings.compute_dtype)

@@ -1,0 +1,188 @@
+"""A model that answers: a base, with one of several adapters switched on or none, or a merged model."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)  # fmt: skip
+
+from job import config, errors
+from job.config import Sampling
+from job.model import tokenizer, weights
+
+Message: TypeAlias = Mapping[str, str]
+Network: TypeAlias = Any  # each family has a class of its own
+_LONGEST = 1 << 30  # tokens of context, where nobody says
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said, how many tokens that took, and whether it came to its end."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+class _Told(StoppingCriteria):
+    """Ends an answer that nobody wants to hear to its end."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._stop.is_set(), device=input_ids.device)
+
+
+class Speaker:
+    """The model in the folder `base`, held as `settings` say, and the `adapters` for it, by name; the first is on.
+
+    Raises `errors.ModelError` if one of them cannot be loaded.
+    """
+
+    def __init__(self, base: Path, settings: config.Model, adapters: Mapping[str, Path]) -> None:
+        words = next(iter(adapters.values()), base)  # the template and the tokens that were trained with
+        self.words: PreTrainedTokenizerBase = tokenizer.load(words, trust_remote_code=settings.trust_remote_code)
+        if self.words.pad_token is None:
+            self.words.pad_token = self.words.eos_token
+        self.words.padding_side = "left"
+        self._base, self._settings, self._folders = base, settings, dict(adapters)
+        self.adapters, self.adapter = list(adapters), next(iter(adapters), None)
+
+    @functools.cached_property
+    def context(self) -> int:
+        """How many tokens the model can read and write together."""
+        described, _ = weights.describe(self._base, self._settings)
+        return int(getattr(described.get_text_config(), "max_position_embeddings", None) or _LONGEST)
+
+    @functools.cached_property
+    def _network(self) -> Network:
+        """Loaded when it is needed: what can be said without it, is said before."""
+        network: Network = weights.for_answering(self._base, self._settings)
+        for name, folder in self._folders.items():
+            try:
+                if isinstance(network, PeftModel):
+                    network.load_adapter(str(folder), adapter_name=name)
+                else:
+                    network = PeftModel.from_pretrained(network, str(folder), adapter_name=name)
+            except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
+                raise errors.ModelError(f"the adapter {name} in {folder} cannot be loaded on this base: {e}") from e
+        return network.eval()
+
+    def load(self) -> None:
+        """Load the model now, and not with the first question."""
+        _ = self._network
+
+    def use(self, name: str | None) -> None:
+        """Answer with that adapter from now on; None: with the base alone."""
+        if name is not None and name not in self.adapters:
+            there = ", ".join(self.adapters) or "none"
+            raise errors.ConfigError(f"there is no adapter called {name}: there is {there}")
+        self.adapter = name
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens after which the model answers a conversation."""
+        made: Any = self.words.apply_chat_template(
+            [dict(each) for each in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(made["input_ids"])
+
+    def answers(self, prompts: Sequence[Sequence[int]], how: Sampling, seed: int) -> list[Answer]:
+        """What it says after each of the `prompts`, in one batch, with the randomness of `seed`."""
+        torch.manual_seed(seed)
+        longest = max(map(len, prompts))
+        padding = int(self.words.pad_token_id or 0)
+        ids = torch.tensor([[padding] * (longest - len(each)) + list(each) for each in prompts])
+        seen = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
+        with self._as_wanted(), torch.no_grad():
+            made = self._network.generate(**self._given(ids, seen), **self._how(how))
+        return [self._answer(each[longest:].tolist(), how) for each in made]
+
+    def stream(self, prompt: Sequence[int], how: Sampling, seed: int, stop: threading.Event) -> Iterator[str]:
+        """What it says, word by word, until it ends or `stop` is set."""
+        torch.manual_seed(seed)
+        streamer = TextIteratorStreamer(self.words, skip_prompt=True, skip_special_tokens=True)
+        ids = torch.tensor([list(prompt)])
+        failed: list[BaseException] = []
+        left = threading.Event()  # set when nobody listens any more
+
+        def speak() -> None:
+            try:
+                with self._as_wanted(), torch.no_grad():
+                    self._network.generate(
+                        **self._given(ids, torch.ones_like(ids)), **self._how(how), streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([_Told(stop), _Told(left)]),
+                    )  # fmt: skip
+            except BaseException as e:  # noqa: BLE001 - raised again below
+                failed.append(e)
+            finally:
+                streamer.end()  # type: ignore[no-untyped-call]
+
+        speaking = threading.Thread(target=speak, daemon=True)
+        speaking.start()
+        try:
+            yield from _until(streamer, how.stop)
+        finally:
+            left.set()
+            speaking.join()
+        if failed:
+            raise failed[0]
+
+    def _as_wanted(self) -> contextlib.AbstractContextManager[Any]:
+        if self.adapter is None and self.adapters:
+            off: contextlib.AbstractContextManager[Any] = self._network.disable_adapter()
+            return off
+        if self.adapter is not None:
+            self._network.set_adapter(self.adapter)
+        return contextlib.nullcontext()
+
+    def _given(self, ids: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
+        device = self._network.device
+        return {"input_ids": ids.to(device), "attention_mask": seen.to(device)}
+
+    def _how(self, how: Sampling) -> dict[str, Any]:
+        drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.temperature else {}
+        likeliest = dict.fromkeys(("temperature", "top_p", "top_k"))
+        more = {"stop_strings": list(how.stop), "tokenizer": self.words} if how.stop else {}
+        return {
+            "do_sample": how.temperature > 0, **(drawn or likeliest), "repetition_penalty": how.repetition_penalty,
+            "max_new_tokens": how.max_tokens, "pad_token_id": self.words.pad_token_id, **more,
+        }  # fmt: skip
+
+    def _answer(self, ids: list[int], how: Sampling) -> Answer:
+        ends = {self.words.eos_token_id, *self._ends()}
+        said = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        text = str(self.words.decode(ids[:said], skip_special_tokens=True))
+        cut = min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=None)
+        return Answer(text if cut is None else text[:cut], said, said < len(ids) or cut is not None)
+
+    def _ends(self) -> list[int]:
+        told = self._network.generation_config.eos_token_id
+        return told if isinstance(told, list) else [told] if told is not None else []
+
+
+def _until(parts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text that comes in `parts`, to before the first of the `stops`; what may become one is kept back."""
+    kept, longest = "", max(map(len, stops), default=1)
+    for part in parts:
+        kept += part
+        found = [at for stop in stops if (at := kept.find(stop)) >= 0]
+        if found:
+            yield kept[: min(found)]
+            return
+        ready = len(kept) - longest + 1
+        if ready > 0:
+            yield kept[:ready]
+            kept = kept[ready:]
+    yield kept

@@ -1,0 +1,290 @@
+"""Models that answer: one question, a file of them, or in a terminal."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import adapters
+import pytest
+import torch
+from conftest import S3, command, files
+from killing import Moment, Stopped
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from job import errors, generate
+
+Job = Callable[..., subprocess.CompletedProcess[str]]
+GREEDY = ("--temperature", "0", "--max-tokens", "8", "--repetition-penalty", "1")
+ASKED = "What is 1 and 2?"
+
+
+@pytest.fixture
+def base(tiny_model: Path, tmp_path: Path) -> Path:
+    """A tiny Llama that says something else after everything, with a chat template."""
+    made = adapters.base(tmp_path / "base", tied=False, vocab_size=420, hidden_size=64)
+    for path in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("*.jinja")):
+        shutil.copy(path, made)
+    return made
+
+
+@pytest.fixture
+def two(base: Path, tmp_path: Path) -> dict[str, Path]:
+    """Two adapters for it."""
+    made = {}
+    for name, layer in (("one", "q_proj"), ("two", "down_proj")):
+        adapters.adapter(adapters.plain(base), tmp_path / name, target_modules=[layer], r=8)
+        for path in (*base.glob("tokenizer*"), *base.glob("*.jinja")):
+            shutil.copy(path, tmp_path / name)
+        made[name] = tmp_path / name
+    return made
+
+
+def said(base: Path, adapter: Path | None, *turns: str, tokens: int = 8) -> str:
+    """The likeliest answer, by transformers and PEFT alone; turns of the user and the model in turns."""
+    words = AutoTokenizer.from_pretrained(base)
+    network = AutoModelForCausalLM.from_pretrained(base)
+    if adapter:
+        network = PeftModel.from_pretrained(network, str(adapter))
+    roles = ("user", "assistant")
+    messages = [{"role": roles[place % 2], "content": turn} for place, turn in enumerate(turns)]
+    asked = words.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        made = network.generate(**asked, max_new_tokens=tokens, do_sample=False)
+    answer: str = words.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer
+
+
+def of(base: Path, tmp_path: Path, named: dict[str, Path] | None = None) -> list[object]:
+    """The options for a base, and adapters for it."""
+    more = [part for name, path in (named or {}).items() for part in ("--adapter", f"{name}={path}")]
+    return ["--base", base, *more, "--cache", tmp_path / "cache", "--quantization", "none"]
+
+
+def test_one_question_is_answered_as_transformers_would(
+    base: Path, two: dict[str, Path], job: Job, tmp_path: Path
+) -> None:
+    """By the base, and by an adapter on it."""
+    alone = job("generate", *of(base, tmp_path), *GREEDY, "--prompt", ASKED)
+    adapted = job("generate", *of(base, tmp_path, {"one": two["one"]}), *GREEDY, "--prompt", ASKED)
+
+    assert (alone.stdout, adapted.stdout) == (f"{said(base, None, ASKED)}\n", f"{said(base, two['one'], ASKED)}\n")
+    assert alone.stdout != adapted.stdout
+
+
+def prompts(folder: Path, count: int = 20) -> Path:
+    """A file of questions of several lengths, in every form that they may have."""
+    rows = []
+    for number in range(count):
+        text = f"What is {number} and {number}?" * (1 + number % 3)
+        forms = [
+            {"prompt": text},
+            {"messages": [{"role": "user", "content": text}]},
+            {"instruction": text, "input": ""},
+        ]
+        rows.append({"id": number, **forms[number % 3]})
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_of_questions_is_answered_in_its_order(base: Path, job: Job, tmp_path: Path) -> None:
+    """Each record stays as it is and gets its answer, which does not depend on who is answered beside it."""
+    asked = prompts(tmp_path)
+
+    outcome = job("generate", *of(base, tmp_path), *GREEDY, "--input", asked, "--out", tmp_path / "answers.jsonl")
+
+    assert outcome.returncode == 0, outcome.stderr
+    made = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in asked.read_text().splitlines()]
+    assert [{**row, "answer": 0, "tokens": 0, "ended": 0} for row in records] == [
+        {**row, "answer": 0, "tokens": 0, "ended": 0} for row in made
+    ]
+    for number in (0, 4, 19):
+        assert made[number]["answer"] == said(base, None, f"What is {number} and {number}?" * (1 + number % 3))
+    assert {name for name in files(tmp_path) if name.startswith("answers")} == {
+        "answers.jsonl", "answers.jsonl.made-of.json",
+    }  # fmt: skip
+    again = job("generate", *of(base, tmp_path), *GREEDY, "--input", asked, "--out", tmp_path / "answers.jsonl")
+    assert (again.returncode, "done already: 20 answers" in again.stderr) == (0, True)
+
+
+@pytest.mark.slow
+def test_a_killed_start_is_gone_on_with_to_the_same_answers(
+    base: Path, s3: S3, bucket: str, job: Job, tmp_path: Path
+) -> None:
+    """Drawn at random, from a seed; what was answered is in the store, and is not asked again."""
+    drawn = ("--temperature", "1.5", "--max-tokens", "8", "--batch", "1", "--input", prompts(tmp_path))
+    whole = job("generate", *of(base, tmp_path), *drawn, "--out", f"s3://{bucket}/whole.jsonl")
+    assert whole.returncode == 0, whole.stderr
+    options = [*of(base, tmp_path), *drawn, "--out", f"s3://{bucket}/killed.jsonl"]
+    (tmp_path / "killed.yaml").touch()
+
+    stopped = Stopped(
+        Moment("job", "job.generate", "Place.keep", call=2), tmp_path / "killed.yaml", told=("generate", *options)
+    )
+    os.kill(stopped.job, signal.SIGKILL)
+    stopped.ended()
+    assert s3.keys(bucket, "killed") == {"killed.jsonl.made-of.json", "killed.jsonl.parts/000000000.jsonl"}
+    again = job("generate", *options)
+
+    assert again.returncode == 0, again.stderr
+    assert "1 part(s) of 8 answers are there from an earlier start" in again.stderr
+    read = [s3.client().get_object(Bucket=bucket, Key=f"{name}.jsonl")["Body"].read() for name in ("whole", "killed")]
+    assert read[0] == read[1]
+    assert s3.keys(bucket, "killed") == {"killed.jsonl", "killed.jsonl.made-of.json"}
+
+
+def test_an_answer_is_over_at_a_string(base: Path, job: Job, tmp_path: Path) -> None:
+    """Which is not part of it."""
+    whole = said(base, None, ASKED)
+
+    outcome = job("generate", *of(base, tmp_path), *GREEDY, "--prompt", ASKED, "--stop", whole[3:5])
+
+    assert outcome.stdout == f"{whole[: whole.find(whole[3:5])]}\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (['{"prompt": "a"}', "{"], "prompts.jsonl:2: '{' is not JSON"),
+        (['{"question": 3}'], "prompts.jsonl:1: has none of prompt, messages, instruction, question and text, but"),
+        (['{"prompt": "a", "answer": "b"}'], "prompts.jsonl:1: has a key answer already"),
+        (['{"messages": [{"role": "user"}]}'], "prompts.jsonl:1: a message must have a role and a content"),
+        (["3"], "prompts.jsonl:1: must be an object or a string, and is int"),
+        ([], "prompts.jsonl holds no prompts"),
+    ],
+)
+def test_a_record_that_asks_nothing_is_told_with_its_line(lines: list[str], told: str, tmp_path: Path) -> None:
+    """Before anything is loaded."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+    with pytest.raises(errors.DataError, match=re.escape(told)):
+        generate.read(path, "prompts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--max-tokens", "5000"), "are more than the 2048 that the model was made for: shorten it"),
+        pytest.param(
+            ("--temperature", "-1"), "--temperature -1.0: input should be greater than or equal", marks=pytest.mark.slow
+        ),
+        pytest.param(("--prompt", "b"), "give either --prompt, or --input and --out", marks=pytest.mark.slow),
+        pytest.param(("--adapter", "nowhere"), "has no adapter_config.json and adapter_", marks=pytest.mark.slow),
+        pytest.param(
+            ("--merged",), "give a run (its config or its URL), perhaps with --merged", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_what_cannot_be_answered_is_said_before_the_model_is_loaded(
+    more: tuple[str, ...], told: str, base: Path, job: Job, tmp_path: Path
+) -> None:
+    """And nothing is written."""
+    (base / "model.safetensors").write_bytes(b"to load this fails")
+    asked = prompts(tmp_path, 1)
+
+    outcome = job("generate", *of(base, tmp_path), "--input", asked, "--out", tmp_path / "out.jsonl", *more)
+
+    assert outcome.returncode == 64, outcome.stderr
+    assert told in outcome.stderr
+    assert not [name for name in files(tmp_path) if name.startswith("out")]
+
+
+@pytest.mark.slow
+def test_other_answers_are_not_overwritten(base: Path, job: Job, tmp_path: Path) -> None:
+    """Neither those of other settings, nor a file that happens to lie there."""
+    given = [*of(base, tmp_path), *GREEDY, "--input", prompts(tmp_path, 2), "--out"]
+    (tmp_path / "mine.jsonl").write_text("mine")
+    assert job("generate", *given, tmp_path / "ours.jsonl").returncode == 0
+
+    mine = job("generate", *given, tmp_path / "mine.jsonl")
+    other = job("generate", *given, tmp_path / "ours.jsonl", "--seed", "1")
+
+    assert (mine.returncode, other.returncode) == (64, 64)
+    assert "is of other prompts, another model or other settings: remove it" in other.stderr
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+
+
+def test_adapters_are_switched_in_a_conversation(base: Path, two: dict[str, Path], tmp_path: Path) -> None:
+    """Each answers by itself, to what was said before; a command that there is not ends nothing."""
+    lines = [
+        ASKED,
+        "/adapter two",
+        "/reset",
+        ASKED,
+        "/base",
+        "/reset",
+        ASKED,
+        "And?",
+        "/adapter three",
+        "/what",
+        "/quit",
+        "no",
+    ]
+
+    outcome = subprocess.run(
+        command("chat", *of(base, tmp_path, two), *GREEDY),
+        input="\n".join(lines), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert outcome.returncode == 0, outcome.stderr
+    first = said(base, None, ASKED)
+    expected = [
+        "loading the model", "adapter one; /help tells the commands", said(base, two["one"], ASKED), "(adapter two)",
+        "(forgotten)", said(base, two["two"], ASKED), "(the base model)", "(forgotten)", first,
+        said(base, None, ASKED, first, "And?"), "there is no adapter called three: there is one, two",
+        "there is no command /what",
+    ]  # fmt: skip
+    assert outcome.stdout.startswith("\n".join(expected))
+
+
+@pytest.mark.slow
+def test_the_result_of_a_run_is_talked_to_by_its_url(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
+    """By its adapter over the base as it was trained, or by its merged model."""
+    described = tiny_run(model={"compute_dtype": "float32"}, merge={"dtype": "float32"})
+    assert job("run", described).returncode == 0
+    url, more = (tmp_path / "run").as_uri(), (*GREEDY, "--prompt", ASKED, "--cache", tmp_path / "cache")
+
+    merged = job("generate", url, "--merged", *more)
+    adapted = job("generate", described, "--quantization", "none", *more)
+    as_trained = job("generate", url, *more)
+
+    expected = said(tmp_path / "run" / "merged", None, ASKED)
+    assert (merged.stdout, adapted.stdout, as_trained.returncode) == (f"{expected}\n", f"{expected}\n", 0)
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(base: Path, tmp_path: Path) -> None:
+    """In a real terminal; at the prompt it says how to leave."""
+    talking = command("chat", *of(base, tmp_path), "--temperature", "0", "--max-tokens", "1900")
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(talking[0], [str(word) for word in talking])  # noqa: S606 - ours
+    shown = ""
+
+    def until(pattern: str) -> None:
+        nonlocal shown
+        ends = time.monotonic() + 60
+        while not re.search(pattern, shown):
+            assert time.monotonic() < ends, shown
+            shown += os.read(terminal, 1000).decode(errors="replace")
+
+    until("/help tells the commands")
+    os.write(terminal, b"Talk!\n")
+    until(r"Talk!\r\n.{20}")
+    os.write(terminal, b"\x03")
+    until(r"\(stopped\)")
+    os.write(terminal, b"\x03")
+    until(r"\(/quit leaves\)")
+    os.write(terminal, b"/quit\n")
+
+    until("$")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
