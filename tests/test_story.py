@@ -99,7 +99,7 @@ MOMENTS = {
     "trained": Moment("worker", "job.manifest", "seal", after=True),
     "publish": Moment("job", "job.storage.outgoing", "Outgoing.send_next", call=6),
     "between two publications": Moment("job", "job.publish", "directory", argument="adapter/"),
-    "merge": Moment("job", "job.merge.shards", "_Hands._compute", call=5),
+    "merge": Moment("job", "job.merge.proof", "check"),
     "publish merged": Moment("job", "job.storage.upload", "_clear", argument="merged/"),
     "just before done": Moment("job", "job.storage.s3", "S3.create", argument="done.json"),
     "just after done": Moment("job", "job.storage.s3", "S3.create", argument="done.json", after=True),

@@ -58,7 +58,9 @@ def look(model: dict[str, Any], examples: Sequence[dict[str, list[int]]]) -> dic
     """What there is to be known of one model."""
     found: dict[str, Any] = {"tokenizer": words(model)}
     network = load(model)
-    found["class"], found["rows"] = type(network).__name__, network.get_input_embeddings().weight.shape[0]
+    found["class"], rows = type(network).__name__, network.get_input_embeddings().weight.shape[0]
+    if (tokens := found["tokenizer"]["tokens"]) > rows:
+        raise ValueError(f"its tokenizer has {tokens} tokens, and its embedding {rows} rows")
     found["loss"], logits = losses(network, examples, model["positions"])
     found["answers"] = answers(network, model)
     if model["adapter"]:
