@@ -44,14 +44,16 @@ def merge(
 
 def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> None:
     from job import card, cluster, convert, examine, merge, paths, publish, pull, storage
+    from job.convert import adapters
 
     store, disk = storage.connect(order.run.url), cache(order, environ)
     disk.make()
     made_of = f"{pull.both(order, disk, after)} {order.model.model_dump_json()} {order.merge.model_dump_json()}"
     storage.checked(store, paths.PROBE, required=order.run.conditional_writes == "required")
     if not publish.holds(store, made_of):
-        base = convert.native(pull.base(order.model.base, disk), disk, after)
-        adapter = pull.adapter(order.adapter.url, disk)
+        original = pull.base(order.model.base, disk)
+        base = convert.native(original, disk, after)
+        adapter = adapters.translated(pull.adapter(order.adapter.url, disk), original, disk, after)
         merged = merge.folder(base, adapter, order.model, order.merge, disk.work("merged"), made_of)
         models = examine.Models(base.path, adapter, merged, lambda: None)
         seen = examine.results(models, order, None, disk.work("seen"), cluster.gpus(environ))

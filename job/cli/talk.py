@@ -103,6 +103,7 @@ def generate(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: A
 def _speaker(program: Program, given: Mapping[str, Any], after: ExitStack) -> "tuple[Speaker, str]":
     """Who answers, and what he is made of."""
     from job import config, convert, manifest, pull
+    from job.convert.adapters import translated
     from job.model.talk import Speaker
 
     run = found(given["run"]) if given["run"] else None
@@ -119,7 +120,10 @@ def _speaker(program: Program, given: Mapping[str, Any], after: ExitStack) -> "t
         adapters = {"tuned": f"{run.run.url}/adapter"}
     disk = _disk(program, given)
     base = pull.base(settings.base, disk)
-    folders = {name: pull.adapter(config.absolute(link), disk) for name, link in adapters.items()}
+    folders = {
+        name: translated(pull.adapter(config.absolute(link), disk), base, disk, after)
+        for name, link in adapters.items()
+    }
     made_of = [base.digest, quantization, *(manifest.of(folder).digest for folder in folders.values())]
     return Speaker(convert.native(base, disk, after).path, settings, folders), json.dumps(made_of)
 

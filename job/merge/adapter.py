@@ -11,21 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from job import errors
+from job.model import saved
+from job.model.saved import FILE, SETTINGS
 from job.model.shard import Shard
 
 WEIGHT, BIAS = ".weight", ".bias"  # how names of parameters end
-SETTINGS = "adapter_config.json"
-FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # what PEFT adds to a name
-_WRAPPED, _KEPT = ".base_layer", ".modules_to_save."
-_REPLACED = ".original_module."  # what was there before, which PEFT saves too where the vocabulary has grown
-_TOKENS = ".token_adapter.trainable_tokens_delta"
-_MAGNITUDE = ".lora_magnitude_vector"
-_FIRST, _SECOND = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
-_SHIFT = ".lora_B.bias"
 _BLOCK = 1 << 22  # numbers looked at in one go
 _SHOWN = 4  # names in one line
 
@@ -107,7 +99,7 @@ class Adapter:
         made = cls(Shard(_there(folder / FILE)), _settings(folder / SETTINGS))
         parts: dict[str, dict[str, str]] = {}
         for key in made.file.tensors:
-            module, kind = _parsed(key.removeprefix(_PREFIX))
+            module, kind = saved.parsed(key)
             if kind == "whole":
                 made.whole[module] = key
             elif kind == "tokens":
@@ -167,20 +159,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _parsed(name: str) -> tuple[str, str]:
-    """The module that a tensor belongs to, or the parameter that it is, and which part of it."""
-    kinds = {
-        **dict.fromkeys(_FIRST, "first"), **dict.fromkeys(_SECOND, "second"), _SHIFT: "bias", _TOKENS: "tokens",
-        _MAGNITUDE: "magnitude", f"{_MAGNITUDE}.weight": "magnitude",
-    }  # fmt: skip
-    for suffix, kind in kinds.items():
-        if name.endswith(suffix):
-            return name.removesuffix(suffix), kind
-    if _REPLACED in name:
-        return name, "replaced"
-    return name.replace(_WRAPPED, "").replace(_KEPT, "."), "whole"
-
-
 def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping[str, str]) -> LowRank:
     lacking = {"first", "second", *(["magnitude"] if settings.get("use_dora") else [])} - named.keys()
     if lacking:
@@ -195,21 +173,16 @@ def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping
             f"the adapter's matrices for {module} are {list(one.shape)} and {list(two.shape)}, where [r, inputs] and "
             "[outputs, r] can be merged: other layers than linear ones and embeddings are merged by PEFT itself"
         )
-    rank = int(_of(settings, "rank_pattern", module, settings["r"]))
+    rank = int(saved.of(settings, "rank_pattern", module, settings["r"]))
     if one.shape[0] != rank:
         raise errors.ModelError(
             f"the adapter's matrices for {module} have rank {one.shape[0]}, and {SETTINGS} says {rank}: they do not "
             "belong together"
         )
-    alpha = float(_of(settings, "alpha_pattern", module, settings["lora_alpha"]))
+    alpha = float(saved.of(settings, "alpha_pattern", module, settings["lora_alpha"]))
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)  # arXiv 2312.03732 for the root
-    embedding = named["first"].endswith(_FIRST[1])
+    embedding = named["first"].endswith(saved.EMBEDDING)
     return LowRank(file, named["first"], named["second"], scale, embedding, named.get("magnitude"), named.get("bias"))
-
-
-def _of(settings: Mapping[str, Any], pattern: str, module: str, usual: object) -> Any:  # noqa: ANN401 - a number of PEFT's
-    special = settings.get(pattern) or {}
-    return special.get(get_pattern_key(special.keys(), module), usual)
 
 
 def _indices(settings: Mapping[str, Any], module: str) -> list[int]:
@@ -250,6 +223,6 @@ def _there(path: Path) -> Path:
         beside = sorted(each.name for each in path.parent.glob("adapter_*"))
         raise errors.ModelError(
             f"the adapter has no {path.name}{f', only {some(beside)}' if beside else ''}: give the folder that PEFT "
-            "wrote, with weights in safetensors"
+            "wrote"
         )
     return path

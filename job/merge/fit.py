@@ -4,18 +4,16 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from job import errors
 from job.merge.adapter import BIAS, WEIGHT, Adapter, LowRank, some
+from job.model import saved
 from job.model.pieces import Pieces
 
 _LAYERS = (nn.Linear, nn.Embedding, Conv1D)
-_SHAPE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
 
 def check(adapter: Adapter, network: PreTrainedModel, files: Pieces) -> None:
@@ -91,15 +89,7 @@ def _fits(name: str, module: nn.Module, update: LowRank, *, enlarged: bool) -> N
 
 def _untouched(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
     """Layers that the settings mean and the adapter does not hold."""
-    told = {key: adapter.settings[key] for key in _SHAPE if adapter.settings.get(key)}
-    if not told.get("target_modules"):
-        return []
-    shape = LoraConfig(**told)
-    meant = {
-        name
-        for name, each in modules.items()
-        if isinstance(each, _LAYERS) and bool(check_target_module_exists(shape, name))
-    }
+    meant = saved.meant(adapter.settings, (name for name, each in modules.items() if isinstance(each, _LAYERS)))
     return sorted(meant - adapter.layers.keys() - {name.removesuffix(WEIGHT) for name in adapter.whole})
 
 

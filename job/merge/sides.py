@@ -36,6 +36,8 @@ def write(base: Path, adapter: Path, target: Path, plan: Plan, dtype: torch.dtyp
         if not (own and _WORDS.match(path.name)) and not (speaks and path.name.startswith(_TEMPLATE)):
             shutil.copyfile(path, target / path.name)
     for path in _files(adapter):
+        if path.name in (CONFIG, _GENERATION):  # the model is the base's, also where somebody saved its config here
+            continue
         shutil.copyfile(path, target / path.name)
     _describe(target / CONFIG, plan, str(dtype).removeprefix("torch."))
     if (target / _GENERATION).is_file():

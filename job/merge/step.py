@@ -14,8 +14,9 @@ from job import config as configs
 from job.config import Config
 from job.inputs import Base
 from job.merge import plan, proof, shards, sides
-from job.merge.adapter import FILE, Adapter
+from job.merge.adapter import Adapter
 from job.model import weights
+from job.model.saved import FILE
 
 _ROOM = 1.1  # of the disk, for each byte of the base
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from job import errors
+from job.model.shard import Shard
 
 _PICKLED = "pytorch_model*.bin"
 _SHARD_BYTES = 2 * 10**9
@@ -22,22 +23,42 @@ def tensors(base: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Pickled files are read only where there are no others, and as nothing but tensors. Raises `errors.ModelError` if a
     file is broken, or holds something else.
     """
+    for path in _paths(base):
+        yield from inside(path, "model.base")
+
+
+def names(base: Path) -> set[str]:
+    """What the weights in the folder `base` are called; raises as `tensors` does."""
+    held: set[str] = set()
+    for path in _paths(base):
+        if path.suffix == ".safetensors":
+            held.update(Shard(path).tensors)
+        else:
+            held.update(name for name, _ in inside(path, "model.base"))
+    return held
+
+
+def inside(path: Path, whose: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights in one file, by name; `whose` it is, an error says. Raises as `tensors` does."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    yield name, file.get_tensor(name)
+        else:
+            mapped = zipfile.is_zipfile(path)  # as torch writes them since 2020
+            for name, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=mapped).items():
+                yield name, _tensor(tensor)
+    except Exception as e:  # a broken pickle makes torch fail in many ways
+        raise errors.ModelError(
+            f"{whose}: {path} is broken, or holds something other than weights, which is not read because it could "
+            f"run code: {e}"
+        ) from e
+
+
+def _paths(base: Path) -> list[Path]:
     safe = sorted(path for path in base.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    for path in safe or sorted(base.glob(_PICKLED)):
-        try:
-            if safe:
-                with safe_open(path, "pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - it is no mapping
-                        yield name, file.get_tensor(name)
-            else:
-                mapped = zipfile.is_zipfile(path)  # as torch writes them since 2020
-                for name, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=mapped).items():
-                    yield name, _tensor(tensor)
-        except Exception as e:  # a broken pickle makes torch fail in many ways
-            raise errors.ModelError(
-                f"model.base: {path} is broken, or holds something other than weights, which is not read because it "
-                f"could run code: {e}"
-            ) from e
+    return safe or sorted(base.glob(_PICKLED))
 
 
 def _tensor(value: object) -> torch.Tensor:

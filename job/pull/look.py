@@ -49,7 +49,8 @@ def adapter(url: str) -> Found:
     source = storage.source(url)
     entries = [e for e in source.list() if "/" not in e.key]
     names = {e.key for e in entries}
-    if not {"adapter_config.json", "adapter_model.safetensors"} <= names:
+    weights = {"adapter_model.safetensors", "adapter_model.bin"} & names
+    if "adapter_config.json" not in names or not weights:
         there = f"it holds {_some(sorted(names))}" if names else "it holds no files"
         raise errors.ModelError(
             f"--adapter: {url} has no adapter_config.json and adapter_model.safetensors ({there}): give the URL of a "
@@ -59,7 +60,8 @@ def adapter(url: str) -> Found:
         raise errors.ModelError(
             f"--adapter: {url} is of a run that has not published it whole: start the run again first"
         )
-    kept = [e for e in entries if e.key.startswith("adapter_") or not _WEIGHTS.search(e.key)]
+    wanted = {"adapter_config.json", max(weights)}  # safetensors, if there are both
+    kept = [e for e in entries if e.key in wanted or not _WEIGHTS.search(e.key)]
     return Found(source, [e for e in kept if e.key != manifest.NAME])
 
 

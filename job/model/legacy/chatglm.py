@@ -107,6 +107,10 @@ class ChatGLM:
         """What the weight `name` becomes; nothing if it is not needed. Raises `KeyError` and `RuntimeError`."""
         return _NAMES.of(name, tensor, [heads * self._width for heads in (self._heads, self._groups, self._groups)])
 
+    def called(self, name: str) -> list[str]:
+        """How that which the weight `name` becomes is called; raises `KeyError` if there is none of that name."""
+        return _NAMES.called(name)
+
     def tokenizer(self, folder: Path, _generation: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
         """The tokenizer of the base in `folder` as a fast one.
 

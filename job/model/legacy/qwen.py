@@ -96,6 +96,10 @@ class Qwen:
         """What the weight `name` becomes; nothing if it is not needed. Raises `KeyError` and `RuntimeError`."""
         return _NAMES.of(name, tensor, [self._told["hidden_size"]] * 3)
 
+    def called(self, name: str) -> list[str]:
+        """How that which the weight `name` becomes is called; raises `KeyError` if there is none of that name."""
+        return _NAMES.called(name)
+
     def tokenizer(self, folder: Path, generation: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
         """The tokenizer of the base in `folder` as a fast one; `generation` is its generation_config.json.
 

@@ -29,16 +29,22 @@ class Renaming:
 
         Raises `KeyError` for a name that the layout does not have, and `RuntimeError` if the rows are others.
         """
+        names = self.called(name)
+        if len(names) != len(rows):
+            return dict.fromkeys(names, tensor)
+        return dict(zip(names, tensor.split(list(rows)), strict=True))  # type: ignore[no-untyped-call]
+
+    def called(self, name: str) -> list[str]:
+        """How that which the weight `name` becomes is called; raises `KeyError` if the layout has no such name."""
         if name in self.outside:
-            return {self.outside[name]: tensor}
+            return [self.outside[name]]
         if self.computed.search(name):
-            return {}
+            return []
         found = self.layer.match(name)
         if not found:
             raise KeyError(name)
         layer, inside = f"model.layers.{found[1]}", found[2]
         kind, _, leaf = inside.rpartition(".")
         if kind == self.mixed:
-            parts = zip("qkv", tensor.split(list(rows)), strict=True)  # type: ignore[no-untyped-call]
-            return {f"{layer}.self_attn.{part}_proj.{leaf}": piece for part, piece in parts}
-        return {f"{layer}.{self.inside[inside]}": tensor}
+            return [f"{layer}.self_attn.{part}_proj.{leaf}" for part in "qkv"]
+        return [f"{layer}.{self.inside[inside]}"]

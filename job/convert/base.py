@@ -1,16 +1,14 @@
-"""Bring a base model in an old layout into the one that transformers loads, once, beside the original in the cache.
-
-Old are Qwen v1 and ChatGLM3, which no longer load without running their code, and weights in pickled files.
-"""
+"""A base model in an old layout, or in pickled files, becomes what transformers loads."""
 
 import importlib.metadata
 import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from job import errors, log, manifest, paths, storage
+from job import errors, log, manifest, paths
+from job.convert import once
 from job.inputs import Base
 from job.model import legacy
 
@@ -19,9 +17,8 @@ if TYPE_CHECKING:
 
 _KEPT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # of a base whose weights alone are converted
 _TOLD = ("README.md", "LICEN", "NOTICE")  # how the names of those begin that say whose the base is
-_MADE_FROM = "converted-from.txt"
 _SOURCES = (
-    Path(__file__),
+    *sorted(Path(__file__).parent.glob("*.py")),
     *sorted(Path(legacy.__file__).parent.glob("*.py")),
     Path(legacy.__file__).parent.with_name("files.py"),
 )
@@ -32,23 +29,11 @@ def native(base: Base, cache: paths.Cache, keep: ExitStack) -> Base:
 
     It stays the same base, by URL and digest. Raises `errors.ModelError` if it is not what its config.json says.
     """
-    layout = legacy.recognise(_read(base.path / "config.json"), base.url)
+    layout = legacy.recognise(once.described(base.path / "config.json"), base.url)
     if layout is None and any(not path.name.startswith("adapter_") for path in base.path.glob("*.safetensors")):
         return base
-    target, made_from = cache.converted(base.fingerprint, _made_by()), base.digest
-    keep.enter_context(storage.used(target))
-    with storage.alone(target) as place:
-        if place.sealed() and (target / _MADE_FROM).read_text(encoding="ascii") == made_from:
-            log.event("convert.here", f"{base.url} is converted already")
-        else:
-            partial = target.with_name(f"{target.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _convert(base, layout, partial)
-            (partial / _MADE_FROM).write_text(made_from, encoding="ascii")
-            whole = manifest.seal(partial)
-            place.fill(partial)
-            log.event("convert.done", f"converted {base.url}: {log.size(whole.size)}", digest=whole.digest)
+    target = cache.converted(base.fingerprint, _made_by())
+    once.made(target, base.url, base.digest, lambda folder: _convert(base, layout, folder), keep)
     return Base(base.url, target, base.digest)
 
 
@@ -75,7 +60,7 @@ def _convert(base: Base, layout: legacy.Layout | None, target: Path) -> None:
         "convert.start", f"{base.url} is a {layout.NAMES} model: converting it to {layout.config()['model_type']}"
     )
     generation = base.path / "generation_config.json"
-    told = _read(generation) if generation.exists() else {}
+    told = once.described(generation) if generation.exists() else {}
     try:
         words = layout.tokenizer(base.path, told)
     except Exception as e:  # a broken file makes libraries fail in many ways
@@ -118,13 +103,3 @@ def _check(target: Path, made: "dict[str, torch.Size]", where: str) -> None:
 
 def _shape(shape: "torch.Size | None") -> str:
     return "missing" if shape is None else "x".join(map(str, shape))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise errors.ModelError(f"model.base: {path} cannot be read ({e})") from e
-    if not isinstance(told, dict):
-        raise errors.ModelError(f"model.base: {path} is not a JSON object")
-    return told
