@@ -51,9 +51,11 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
     made_of = f"{pull.both(order, disk, after)} {order.model.model_dump_json()} {order.merge.model_dump_json()}"
     storage.checked(store, paths.PROBE, required=order.run.conditional_writes == "required")
     if not publish.holds(store, made_of):
+        given = pull.adapter(order.adapter.url, disk)
+        merge.readable(given)  # before gigabytes move
         original = pull.base(order.model.base, disk)
         base = convert.native(original, disk, after)
-        adapter = adapters.translated(pull.adapter(order.adapter.url, disk), original, disk, after)
+        adapter = adapters.translated(given, original, disk, after)
         merged = merge.folder(base, adapter, order.model, order.merge, disk.work("merged"), made_of)
         models = examine.Models(base.path, adapter, merged, lambda: None)
         seen = examine.results(models, order, None, disk.work("seen"), cluster.gpus(environ))

@@ -99,6 +99,12 @@ def folder(
     return out
 
 
+def readable(adapter: Path) -> None:
+    """Raise `errors.ModelError` if the `adapter` cannot be merged into any base; a pickled one is not read."""
+    if (adapter / FILE).is_file():
+        Adapter.read(adapter)
+
+
 def tell(folder: Path, text: str) -> None:
     """Put the card `text` into the sealed `folder` of a merged model, and seal it again."""
     known = {name: file.sha256 for name, file in (manifest.sealed(folder) or manifest.of(folder)).files.items()}

@@ -13,7 +13,7 @@ from job.inputs import Base, DataFile, Images, Prepared
 from job.manifest import Manifest
 from job.model import vision
 from job.pull import look as looked
-from job.pull.look import Found
+from job.pull.look import Found, Kind
 
 
 def preflight(
@@ -35,16 +35,14 @@ def preflight(
     """
     sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
     found = [looked.base(config.model.base), *(looked.data(source.url) for source in sources)]
-    kind = looked.kind(config, found[0])
+    kind = looked.kind(found[0])
+    looked.suits(config, kind, found[0].source.url)
     found += _images(config, sources) if kind.sees and config.train.method == "sft" else ()
-    conversions = cache.conversions(found[0].fingerprint)
-    converts = kind.converts and not any(map(manifest.sealed, conversions))
-    written = found[0].size * (converts + (config.merge.enabled and not helps))
     places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
-    for place in (*conversions, cache.work(""), *places):
-        keep.enter_context(storage.used(place))
+    _used(found, places, cache, keep)
     pulled = _to_pull(found, places)
-    storage.make_room(cache.shelves(), pulled + written, config.run.cache_limit, look=look)
+    needed = pulled + _written(found[0], kind, cache, merges=config.merge.enabled and not helps)
+    storage.make_room(cache.shelves(), needed, config.run.cache_limit, look=look)
     log.event(
         "preflight",
         f"found the base model ({log.size(found[0].size)}) and the data ({log.size(sum(f.size for f in found[1:]))})",
@@ -63,9 +61,9 @@ def both(order: Merging, cache: paths.Cache, keep: ExitStack) -> str:
     """Look at the base and the adapter of a merge on its own, as `preflight` does; returns what names both."""
     found = [looked.base(order.model.base), looked.adapter(order.adapter.url)]
     places = [cache.base(found[0].fingerprint), cache.adapter(found[1].fingerprint)]
-    for place in (*cache.conversions(found[0].fingerprint), cache.work(""), *places):
-        keep.enter_context(storage.used(place))
-    storage.make_room(cache.shelves(), _to_pull(found, places) + found[0].size, order.run.cache_limit, look=False)
+    needed = _to_pull(found, places) + _written(found[0], looked.kind(found[0]), cache, merges=True)
+    _used(found, places, cache, keep)
+    storage.make_room(cache.shelves(), needed, order.run.cache_limit, look=False)
     return paths.digest(" ".join(each.fingerprint for each in found))
 
 
@@ -78,6 +76,18 @@ def adapter(url: str, cache: paths.Cache) -> Path:
     if told and manifest.parse(told, url).files != whole.files:
         raise errors.CorruptError(f"--adapter: {url} is not what its {manifest.NAME} says: start the run again")
     return path
+
+
+def _used(found: Sequence[Found], places: Sequence[Path], cache: paths.Cache, keep: ExitStack) -> None:
+    """Keep what is pulled, and made of it, from being evicted until `keep` is closed."""
+    for place in (*cache.conversions(found[0].fingerprint), cache.work(""), *places):
+        keep.enter_context(storage.used(place))
+
+
+def _written(base: Found, kind: Kind, cache: paths.Cache, *, merges: bool) -> int:
+    """Bytes that are made of the base: what it is converted to, if it is not yet, and merged."""
+    converts = kind.converts and not any(map(manifest.sealed, cache.conversions(base.fingerprint)))
+    return base.size * (converts + merges)
 
 
 def _to_pull(found: Sequence[Found], places: Sequence[Path]) -> int:

@@ -102,26 +102,20 @@ class Kind:
     """Whether it has to be converted before transformers loads it."""
     sees: bool
     """Whether it takes images."""
+    context: int | None
+    """Tokens that it was made for, if anybody says."""
+    scheme: str
+    """How it is quantized already, if it is."""
 
 
-def kind(config: Config, found: Found) -> Kind:
-    """What the base is, told before it is fetched.
-
-    Raises `errors.ModelError` if it cannot be trained, and `errors.ConfigError` if not on examples so long, before
-    gigabytes move.
-    """
+def kind(found: Found) -> Kind:
+    """What the base is, told before gigabytes move; raises `errors.ModelError` if it cannot be used."""
     entry = next(e for e in found.entries if e.key == "config.json")
     try:
         told = dict(json.loads(storage.read_range(found.source, entry, 0, entry.size)))
     except (ValueError, TypeError) as e:
         raise errors.ModelError(f"model.base: {found.source.url}/config.json cannot be read ({e})") from e
     layout = legacy.recognise(told, found.source.url)
-    context = layout.context if layout else _context(told)
-    if context and config.data.max_length > context:
-        raise errors.ConfigError(
-            f"data.max_length {config.data.max_length} is more than the {context} tokens that {found.source.url} was "
-            "made for (in its config.json): lower it"
-        )
     aside = [entry.key for entry in found.entries if entry.key in _ASIDE]
     if aside and not told.get("quantization_config"):
         raise errors.ModelError(
@@ -136,18 +130,24 @@ def kind(config: Config, found: Found) -> Kind:
             f"model.base: {found.source.url} is a {layout.NAMES} model that is quantized already ({scheme}), which the "
             "job does not convert: use the original weights"
         )
-    if scheme and config.distributed.strategy not in ("auto", "ddp"):
+    converts = layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
+    return Kind(converts, vision.sees(told), layout.context if layout else _context(told), str(scheme or ""))
+
+
+def suits(config: Config, kind: Kind, where: str) -> None:
+    """Raise `errors.ConfigError` if a base of that `kind`, which is at `where`, cannot be trained as `config` says."""
+    if kind.context and config.data.max_length > kind.context:
+        raise errors.ConfigError(
+            f"data.max_length {config.data.max_length} is more than the {kind.context} tokens that {where} was "
+            "made for (in its config.json): lower it"
+        )
+    if kind.scheme and config.distributed.strategy not in ("auto", "ddp"):
         raise errors.ConfigError(
             f"distributed.strategy {config.distributed.strategy} cannot share out a base that is quantized already "
-            f"({found.source.url}: {scheme}): use ddp, or the original weights"
+            f"({where}: {kind.scheme}): use ddp, or the original weights"
         )
-    sees = vision.sees(told)
-    if config.data.images and not sees:
-        raise errors.ConfigError(
-            f"data.images: the base {found.source.url} sees no images: leave it out, or use a base that does"
-        )
-    converts = layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
-    return Kind(converts, sees)
+    if config.data.images and not kind.sees:
+        raise errors.ConfigError(f"data.images: the base {where} sees no images: leave it out, or use a base that does")
 
 
 def _tensors(found: Found) -> list[str]:
