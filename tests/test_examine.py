@@ -182,13 +182,8 @@ def test_what_takes_too_long_is_left_out_and_said(
     assert not seen.get("off")
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [
-        pytest.param(signal.SIGTERM, 75, id="asked"),
-        pytest.param(signal.SIGKILL, -9, id="killed", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)], ids=["asked", "killed"])
 def test_a_job_that_ends_while_it_looks_leaves_nobody_behind(
     number: int, status: int, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:

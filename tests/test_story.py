@@ -216,6 +216,7 @@ def test_a_request_to_stop_is_heard_in_the_middle_of_an_evaluation(in_s3: Path, 
     assert [line["step"] for line in told if line["event"] == "checkpoint.saved"] == [2]
 
 
+@pytest.mark.slow
 def test_a_spot_notice_stops_a_run_as_a_signal_does(
     in_s3: Path, s3: S3, bucket: str, ends_as_undisturbed: Callable[..., None]
 ) -> None:
@@ -391,6 +392,7 @@ def test_a_kill_while_the_store_fails_costs_nothing(
     ends_as_undisturbed(starts=1)
 
 
+@pytest.mark.slow
 def test_a_restart_replaces_what_was_published_when_there_is_something_new(
     tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:
@@ -454,6 +456,7 @@ def stop_at(event: str, config: Path, number: signal.Signals, *more: str) -> tup
     return status, seen
 
 
+@pytest.mark.slow
 def test_the_published_model_answers_with_plain_libraries(
     smol_model: Path, s3: S3, bucket: str, job: Job, tmp_path: Path, tiny_run: Callable[..., Path]
 ) -> None:
