@@ -312,11 +312,12 @@ SLOW = [name for name in seeing.SPECIAL if name != "qwen2_5_vl"]
 def test_a_run_on_images_goes_on_exactly_and_ends_in_a_model_that_sees(
     family: str, bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:
-    """Two steps done again after a stop give the same adapter; the merged folder is the base with it."""
+    """Two steps done again after a stop give the same adapter; the merged folder is the base with it, and answers."""
     base = bases(family)
-    described = tiny_run(**about(base, folder, merge={"dtype": "float32"}))
+    looks = {"minutes": 5, "prompts": 2, "tokens": 8}
+    described = tiny_run(**about(base, folder, merge={"dtype": "float32"}, examine=looks))
 
-    first = job("run", described)
+    first = job("run", described, "--set", "examine.minutes=0")
     before = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     take_back(tmp_path / "run", 6)
     second = job("run", described)
@@ -334,6 +335,16 @@ def test_a_run_on_images_goes_on_exactly_and_ends_in_a_model_that_sees(
     adapted = PeftModel.from_pretrained(whole, str(tmp_path / "run" / "adapter"))
     torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, rtol=1e-4, atol=1e-4)
     assert (merged(**batch).logits - plain).abs().max() > 1e-2
+    seen = json.loads((tmp_path / "run" / "report" / "seen.json").read_text())
+    facts = json.loads((tmp_path / "run" / "adapter" / "training.json").read_text())
+    assert seen["on"] == facts["loss_measured_on"] == "eval"
+    assert "could not be looked at" not in second.stderr
+    assert seen["loss"]["trained"] == pytest.approx(facts["loss_after"], rel=1e-3)
+    assert seen["loss"]["base"] == pytest.approx(facts["loss_before"], rel=1e-3)
+    assert len(seen["answers"]) == 2
+    assert {each["wanted"].removesuffix("<|im_end|>").strip() for each in seen["answers"]} <= {"red", "blue", "hi"}
+    assert all("What colour is it?" in each["prompt"] for each in seen["answers"])
+    assert any(each["tuned"].strip() in ("red", "blue") for each in seen["answers"])
 
 
 def test_images_come_from_the_store_with_the_data(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from job import errors, log
+from job.card import CALLED
 
 # How far the merged model's logits may be from those of the base with the adapter, as a share of their size. Measured
 # on tiny random models of 14 families: 0.004 to 0.017 in float32, 0.01 to 0.04 in bfloat16, and 0.17 where bfloat16
@@ -25,7 +26,7 @@ def judged(
             raise errors.ModelError(f"the merged model cannot be opened by plain transformers: {each['error']}")
         if "error" in each or "memory" in each:
             why = each.get("error") or f"memory: {each['memory']}"
-            log.warn("examine.failed", f"{name} could not be looked at ({why})")
+            log.warn("examine.failed", f"{CALLED[name]}: could not be looked at ({why})")
     good = {name: each for name, each in found.items() if "loss" in each}
     told: dict[str, Any] = {
         "dtype": dtype,

@@ -1,5 +1,6 @@
 """Which models are looked at, and with which examples, by a program that has nothing but transformers and PEFT."""
 
+import base64
 import contextlib
 import json
 import shutil
@@ -10,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from job import config, log, paths
 from job.card import CALLED
 from job.examine import judge, means
 from job.examine.means import Means
+from job.model import tokenizer, vision, weights
 
 _PROGRAM = Path(__file__).with_name("plain.py")
 _POSITIONS = 64  # at which logits are compared
@@ -58,19 +63,21 @@ def _looked(
     folders = {"merged": models.merged, "other": models.other() if models.merged and held else None}
     names = [*(name for name, path in folders.items() if path), *adapted]
     examples = list(_read(held, had.read))
+    if any("images" in each for each in examples):
+        _show(examples, models, settings, scratch)
     prompts = [each for each in examples if each["asked"]][: settings.examine.prompts]
     asked = [
         {
-            **_how(name, settings.model, had),
+            **_how(name, models.base, settings.model, had),
             "path": str(folders.get(name) or models.base),
             "adapter": None if name in folders else str(models.adapter),
             "words": str(folders.get(name) or models.adapter),
-            "prompts": [each["ids"][: each["asked"]] for each in prompts],
+            "prompts": [{"ids": each["ids"][: each["asked"]], "seen": each.get("seen")} for each in prompts],
             "logits": str(scratch / f"{name}.safetensors"),
         }
         for name in names
     ]
-    plain = [{key: each[key] for key in ("ids", "labels")} for each in examples]
+    plain = [{key: each.get(key) for key in ("ids", "labels", "seen")} for each in examples]
     asking = {"examples": plain, "models": asked}
     found = {each["name"]: each for each in _answers(asking, scratch, settings.examine.minutes)}
     told = judge.judged(found, had.dtype, held, prompts, scratch)
@@ -78,6 +85,29 @@ def _looked(
         other = "original" if settings.merge.base == "dequantized" else "dequantized"
         told["bases"] = {"merged": settings.merge.base, "other": other}
     return told
+
+
+def _show(
+    examples: Sequence[dict[str, Any]], models: Models, settings: config.Config | config.Merging, scratch: Path
+) -> None:
+    """Put what the model gets of the images of each example into a file, whose path is added to it."""
+    words = tokenizer.load(models.adapter, trust_remote_code=settings.model.trust_remote_code)
+    seeing = vision.Vision(
+        models.base, words, settings.data.max_pixels if isinstance(settings, config.Config) else None
+    )
+    for number, each in enumerate(examples):
+        if "images" in each:
+            made = seeing.batch([each["text"]], [[base64.b64decode(image) for image in each["images"]]])
+            ids, count = made.pop("input_ids"), len(each["ids"])
+            made.pop("attention_mask")
+            held = {
+                f"{'token' if value.shape == ids.shape else 'image'}.{name}": (
+                    value[:, :count] if value.shape == ids.shape else value
+                ).contiguous()
+                for name, value in made.items()
+            }
+            each["seen"] = str(scratch / f"seen-{number}.safetensors")
+            save_file(held, each["seen"])
 
 
 def _held(figures: Path | None) -> dict[str, Any] | None:
@@ -105,7 +135,7 @@ def _read(held: Mapping[str, Any] | None, tokens: int) -> Iterator[dict[str, Any
         yield each
 
 
-def _how(name: str, model: config.Model, had: Means) -> dict[str, Any]:
+def _how(name: str, base: Path, model: config.Model, had: Means) -> dict[str, Any]:
     """How the model called `name` is loaded, and how much of it is wanted."""
     quantized: dict[str, Any] | None = None
     if name == "trained" and model.quantization == "int8":
@@ -115,6 +145,8 @@ def _how(name: str, model: config.Model, had: Means) -> dict[str, Any]:
             "load_in_4bit": True, "bnb_4bit_quant_type": model.quantization, "bnb_4bit_compute_dtype": had.dtype,
             "bnb_4bit_use_double_quant": model.double_quant,
         }  # fmt: skip
+    if quantized and (kept := weights.kept_whole(weights.describe(base, model)[0], getattr(torch, had.dtype))):
+        quantized["llm_int8_skip_modules"] = kept
     return {
         "name": name, "quantized": quantized, "device": had.device, "dtype": had.dtype, "positions": _POSITIONS,
         "tokens": had.answered, "trust_remote_code": model.trust_remote_code,

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 IGNORED = -100  # the label of a token without loss
 SENTENCES = (
@@ -48,13 +48,13 @@ def main() -> None:
             torch.cuda.empty_cache()
 
 
-def by_itself(model: dict[str, Any]) -> list[dict[str, list[int]]]:
+def by_itself(model: dict[str, Any]) -> list[dict[str, Any]]:
     """Examples for a model of which none are known: some text, all of it with loss."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
     return [{"ids": ids, "labels": ids} for text in SENTENCES if len(ids := tokenizer(text)["input_ids"]) > 1]
 
 
-def look(model: dict[str, Any], examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+def look(model: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What there is to be known of one model."""
     found: dict[str, Any] = {"tokenizer": words(model)}
     network = load(model)
@@ -108,14 +108,16 @@ def load(model: dict[str, Any]) -> Network:
 
 
 @torch.no_grad()
-def losses(network: Network, examples: Sequence[dict[str, list[int]]], positions: int) -> tuple[float, torch.Tensor]:
+def losses(network: Network, examples: Sequence[dict[str, Any]], positions: int) -> tuple[float, torch.Tensor]:
     """The mean loss of a trained token, and the logits at up to `positions` of them, [positions, vocabulary]."""
     total, count, kept = 0.0, 0, []
     each = -(-positions // len(examples))
     for example in examples:
         ids = torch.tensor([example["ids"]], device=network.device)
         labels = torch.tensor(example["labels"][1:], device=network.device)
-        logits = network(input_ids=ids).logits[0, :-1].to(labels.device)[labels != IGNORED].float()
+        logits = (
+            network(input_ids=ids, **seen(network, example)).logits[0, :-1].to(labels.device)[labels != IGNORED].float()
+        )
         total += float(torch.nn.functional.cross_entropy(logits, labels[labels != IGNORED], reduction="sum"))
         count += len(logits)
         kept.append(logits[:each].cpu())
@@ -128,12 +130,23 @@ def answers(network: Network, model: dict[str, Any]) -> list[str]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
     made = []
     for prompt in model["prompts"]:
-        ids = torch.tensor([prompt], device=network.device)
+        ids = torch.tensor([prompt["ids"]], device=network.device)
         given = network.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=model["tokens"],
             temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.eos_token_id,
+            **seen(network, prompt),
         )  # fmt: skip
-        made.append(str(tokenizer.decode(given[0, len(prompt) :], skip_special_tokens=True)))
+        made.append(str(tokenizer.decode(given[0, len(prompt["ids"]) :], skip_special_tokens=True)))
+    return made
+
+
+def seen(network: Network, example: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the model gets of the images in an example, if there are any: of each of its tokens, and of the images."""
+    made = {}
+    for key, value in load_file(example["seen"]).items() if example.get("seen") else ():
+        kind, _, name = key.partition(".")
+        cut = value[:, : len(example["ids"])] if kind == "token" else value
+        made[name] = cut.to(network.device, network.dtype if cut.is_floating_point() else None)
     return made
 
 

@@ -166,6 +166,11 @@ def quantized(described: PretrainedConfig, settings: config.Model, dtype: torch.
     return frozenset(name for name, module in network.named_modules() if isinstance(module, small))
 
 
+def kept_whole(described: PretrainedConfig, dtype: torch.dtype) -> list[str]:
+    """Modules of a base that sees images that are never quantized: what sees is small, and loses most by it."""
+    return parts.others(pieces.outline(described, dtype, None)) if parts.sees(described) else []
+
+
 def describe(base: Path, settings: config.Model) -> tuple[PretrainedConfig, Scheme | None]:
     """What its config.json says, without how it comes quantized, and that."""
     how = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
@@ -212,6 +217,6 @@ def _quantization(
             "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_quant_storage": dtype if shared else torch.uint8,
         }
-    if parts.sees(described):  # what sees is small, and loses most by it
-        how["llm_int8_skip_modules"] = parts.others(pieces.outline(described, dtype, None))
+    if kept := kept_whole(described, dtype):
+        how["llm_int8_skip_modules"] = kept
     return BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]

@@ -63,7 +63,7 @@ class Preparation:
             )
         self._choose(tallies, marks, [file.weight for file in train])
         split = "eval" if "eval" in tallies else "train"
-        held.out(self._target, split, 0 if self._seen else tallies[split].examples, self._words)
+        held.out(self._target, split, tallies[split].examples, self._words, self._renderer.placeholder)
         if self._data.packing:
             self._pack(tallies["train"])
         counts = {

@@ -99,6 +99,7 @@ def rows(path: Path, which: np.ndarray, most: int) -> list[Row]:
         for batch in reader:
             for place in sorted(wanted & set(range(start, start + len(batch)))):
                 row = batch.slice(place - start, 1).to_pylist()[0]
-                found.append(Row(row["input_ids"], row["labels"], truncated=False))
+                seen = row.get("text", ""), tuple(row.get("pictures", ()))
+                found.append(Row(row["input_ids"], row["labels"], False, None, *seen))  # noqa: FBT003 - not truncated
             start += len(batch)
     return found

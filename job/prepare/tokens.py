@@ -48,6 +48,8 @@ class Renderer:
         self.tokenizer, self._max_length, self._loss_on, self._vision = tokenizer, max_length, loss_on, vision
         self.eos_added = 0  # conversations whose template does not end the last answer
         self._template = Template(tokenizer)
+        self.placeholder = vision.placeholder if vision else None
+        """What stands for an image in a text, for a base that sees them."""
 
     def rows(self, examples: Sequence[Example]) -> Iterator[Row | BadRecordError]:
         """A row for each example, in order, or the reason why there is none."""
