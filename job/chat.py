@@ -35,17 +35,16 @@ class Chat:
         while True:
             try:
                 line = ask("> ").strip()
+                if line == "/quit":
+                    return
+                if line.startswith("/") and not line.startswith("//"):
+                    self._command(line)
+                elif line:
+                    self._answer(line.removeprefix("/") if line.startswith("//") else line)
             except EOFError:
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # at the prompt, or in the moment before
                 self._tell("\n(/quit leaves)")
-                continue
-            if line == "/quit":
-                return
-            if line.startswith("/") and not line.startswith("//"):
-                self._command(line)
-            elif line:
-                self._answer(line.removeprefix("/") if line.startswith("//") else line)
 
     def _command(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
@@ -73,29 +72,39 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         self._said.append({"role": "user", "content": line})
-        prompt = self._fitting()
-        if prompt is None:
+        stop = threading.Event()
+        try:
+            with _interrupting(stop):
+                said = self._streamed(stop)
+        except BrokenPipeError:
+            raise
+        except Exception as e:  # noqa: BLE001 - a template, a tokenizer or a GPU that fails once is no reason to leave
             self._said.pop()
-            self._tell(f"(that is too long: the model reads {self._speaker.context} tokens)")
+            self._tell(f"(no answer: {type(e).__name__}: {e})")
             return
-        said, stop = "", threading.Event()
-        with _interrupting(stop):
-            for part in self._speaker.stream(prompt, self._how, self._how.seed + self._turn, stop):
-                said += part
-                self._out.write(part)
-                self._out.flush()
-            self._tell(" (stopped)" if stop.is_set() else "")
         self._turn += 1
         self._said.append({"role": "assistant", "content": said})
 
-    def _fitting(self) -> list[int] | None:
+    def _streamed(self, stop: threading.Event) -> str:
+        """Say the answer to what was said so far, and return it."""
+        prompt, said = self._fitting(), ""
+        room = self._speaker.context - len(prompt)
+        if room < 1:
+            raise ValueError(f"that is too long: the model reads {self._speaker.context} tokens")
+        how = self._how.model_copy(update={"max_tokens": min(self._how.max_tokens, room)})
+        for part in self._speaker.stream(prompt, how, self._how.seed + self._turn, stop):
+            said += part
+            self._out.write(part)
+            self._out.flush()
+        self._tell(" (stopped)" if stop.is_set() else "")
+        return said
+
+    def _fitting(self) -> list[int]:
         """The tokens of the conversation, without its oldest turns if it has become too long."""
         while True:
             prompt = self._speaker.prompt(self._said)
-            if len(prompt) + self._how.max_tokens <= self._speaker.context:
+            if len(prompt) + self._how.max_tokens <= self._speaker.context or len(self._said) == 1:
                 return prompt
-            if len(self._said) == 1:
-                return None
             del self._said[:2]
             self._tell("(the oldest question and its answer are forgotten: the model reads no more)")
 

@@ -20,7 +20,10 @@ from killing import Moment, Stopped
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from job import errors, generate
+from job import config, errors, generate, storage
+from job.model.talk import Speaker
+from job.model.tokenizer import input_heading
+from job.prepare import records
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 GREEDY = ("--temperature", "0", "--max-tokens", "8", "--repetition-penalty", "1")
@@ -38,11 +41,11 @@ def base(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def two(base: Path, tmp_path: Path) -> dict[str, Path]:
-    """Two adapters for it."""
+    """Two adapters for it, the second with nothing beside its weights."""
     made = {}
     for name, layer in (("one", "q_proj"), ("two", "down_proj")):
         adapters.adapter(adapters.plain(base), tmp_path / name, target_modules=[layer], r=8)
-        for path in (*base.glob("tokenizer*"), *base.glob("*.jinja")):
+        for path in (*base.glob("tokenizer*"), *base.glob("*.jinja")) if name == "one" else ():
             shutil.copy(path, tmp_path / name)
         made[name] = tmp_path / name
     return made
@@ -133,7 +136,8 @@ def test_a_killed_start_is_gone_on_with_to_the_same_answers(
     )
     os.kill(stopped.job, signal.SIGKILL)
     stopped.ended()
-    assert s3.keys(bucket, "killed") == {"killed.jsonl.made-of.json", "killed.jsonl.parts/000000000.jsonl"}
+    (part,) = s3.keys(bucket, "killed")
+    assert re.fullmatch(r"killed\.jsonl\.parts/[0-9a-f]+/000000000\.jsonl", part)
     again = job("generate", *options)
 
     assert again.returncode == 0, again.stderr
@@ -155,12 +159,22 @@ def test_an_answer_is_over_at_a_string(base: Path, job: Job, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        (['{"prompt": "a"}', "{"], "prompts.jsonl:2: '{' is not JSON"),
-        (['{"question": 3}'], "prompts.jsonl:1: has none of prompt, messages, instruction, question and text, but"),
+        (['{"prompt": "a"}', "{"], "prompts.jsonl:2: broken JSON: "),
+        (
+            ['{"question": 3}'],
+            "prompts.jsonl:1: has none of messages, prompt, instruction, question and text that asks",
+        ),
+        (['{"prompt": ""}'], "prompts.jsonl:1: has none of messages, prompt, instruction, question and text that asks"),
         (['{"prompt": "a", "answer": "b"}'], "prompts.jsonl:1: has a key answer already"),
-        (['{"messages": [{"role": "user"}]}'], "prompts.jsonl:1: a message must have a role and a content"),
-        (["3"], "prompts.jsonl:1: must be an object or a string, and is int"),
-        ([], "prompts.jsonl holds no prompts"),
+        (['{"prompt": "a", "tokens": 1}'], "prompts.jsonl:1: has a key tokens already"),
+        (['{"prompt": "a", "images": ["b.png"]}'], "prompts.jsonl:1: has images, and only text is answered here"),
+        (['{"prompt": "a\\ud800"}'], "prompts.jsonl:1: cannot be written as JSON"),
+        (['{"instruction": "a", "input": 3}'], "prompts.jsonl:1: input must be text, and is 3"),
+        (['{"instruction": "a", "history": ["b"]}'], "prompts.jsonl:1: history is not a list of pairs"),
+        (['{"messages": [{"role": "user"}]}'], "prompts.jsonl:1: the content of a message must be text"),
+        (['{"messages": [{"role": "assistant", "content": "a"}]}'], "prompts.jsonl:1: its last message is an answer"),
+        (['{"messages": ["a"]}'], "prompts.jsonl:1: a message must have a role and a content"),
+        (["3"], "prompts.jsonl:1: "),
     ],
 )
 def test_a_record_that_asks_nothing_is_told_with_its_line(lines: list[str], told: str, tmp_path: Path) -> None:
@@ -169,7 +183,48 @@ def test_a_record_that_asks_nothing_is_told_with_its_line(lines: list[str], told
     path.write_text("".join(f"{line}\n" for line in lines))
 
     with pytest.raises(errors.DataError, match=re.escape(told)):
-        generate.read(path, "prompts.jsonl")
+        [
+            generate.prompt(each.value, f"prompts.jsonl:{each.place}", each.reason)
+            for each in records.read(path, path.name)
+        ]
+
+
+def test_what_was_said_before_a_question_and_its_input_are_asked_too(base: Path) -> None:
+    """An instruction and its input are joined as in training."""
+    record = {"instruction": "Add", "input": "1 2", "history": [["Hi", "Ho"]], "system": "Be brief"}
+    speaker = Speaker(base, config.Model(base=base.as_uri(), quantization="none"), {})
+
+    asked = generate.prompt(record, "here")
+    ids = speaker.prompt(asked.messages or (), asked.text, asked.tools)
+
+    turns = [
+        {"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"}, {"role": "user", "content": f"Add{input_heading(speaker.words)}1 2"},
+    ]  # fmt: skip
+    assert speaker.words.decode(ids) == speaker.words.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_parts_that_are_not_of_these_answers_are_not_believed(tmp_path: Path) -> None:
+    """And a part that vanished is missed: another start has finished, or somebody has removed it."""
+    store = storage.connect(tmp_path.as_uri())
+    generate.Place(store, "a.jsonl", "others").keep(0, "old\n")
+    place = generate.Place(store, "a.jsonl", "these")
+    assert place.there() == set()
+    place.keep(0, "one\n")
+
+    with pytest.raises(errors.StoreError, match="has vanished, and 1 of 2 parts"):
+        place.finish([0, 8])
+
+    assert not (tmp_path / "a.jsonl").exists()
+    place.keep(8, "two\n")
+    place.finish([0, 8])
+    assert (tmp_path / "a.jsonl").read_text() == "one\ntwo\n"
+    assert not list(tmp_path.glob("a.jsonl.parts/**/*.jsonl"))
+    assert generate.Place(store, "a.jsonl", "these").done
+    (tmp_path / "a.jsonl").unlink()
+    assert not generate.Place(store, "a.jsonl", "these").done
 
 
 @pytest.mark.parametrize(

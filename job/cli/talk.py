@@ -1,9 +1,11 @@
 """The commands `chat` and `generate`: the result of a run, or any model, answers."""
 
+import contextlib
 import json
+import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +65,8 @@ def chat(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: ANN40
         signal.signal(signal.SIGINT, signal.default_int_handler)  # it stops an answer, and not the program
         if sys.stdin.isatty():
             import readline  # noqa: F401 - gives `input` a history, and keys that edit
-        Chat(speaker, how, sys.stdout).run(input if sys.stdin.isatty() else _piped)
+        with _left_alone():
+            Chat(speaker, how, sys.stdout).run(input if sys.stdin.isatty() else _piped)
 
     outcome.conclude(job, as_json=False, debug=debug)
 
@@ -89,11 +92,16 @@ def generate(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: A
 
         if bool(given["prompt"]) == bool(given["file"]) or bool(given["file"]) != bool(given["out"]):
             raise errors.ConfigError("give either --prompt, or --input and --out")
+        if given["out"] and given["out"].endswith("/"):
+            raise errors.ConfigError(f"--out {given['out']}: give the name of a file in it too")
+        if len(given["adapters"]) > 1:
+            raise errors.ConfigError("--adapter: one adapter answers a file; give one, and start once for each")
         how = _sampling(given)
         prompts = None if given["prompt"] else _prompts(program, given)
         speaker, made_of = _speaker(program, given, after)
         if prompts is None:
-            click.echo(generate.one(given["prompt"], speaker, how))
+            with _left_alone():
+                click.echo(generate.one(given["prompt"], speaker, how))
         else:
             generate.answers(prompts, speaker, how, given["batch"], _place(given, made_of, how, prompts))
 
@@ -116,6 +124,8 @@ def _speaker(program: Program, given: Mapping[str, Any], after: ExitStack) -> "t
     settings = config.Model.model_validate({**told, "base": config.absolute(url), "quantization": quantization})
     named = [each.partition("=") if "=" in each.partition("://")[0] else ("", "", each) for each in given["adapters"]]
     adapters = {name or f"adapter{number}": link for number, (name, _, link) in enumerate(named, 1)}
+    if len(adapters) < len(named):
+        raise errors.ConfigError("--adapter: two have the same name: give each one of its own, as in NAME=URL")
     if run and not merged and not given["base"] and not adapters:
         adapters = {"tuned": f"{run.run.url}/adapter"}
     disk = _disk(program, given)
@@ -124,7 +134,7 @@ def _speaker(program: Program, given: Mapping[str, Any], after: ExitStack) -> "t
         name: translated(pull.adapter(config.absolute(link), disk), base, disk, after)
         for name, link in adapters.items()
     }
-    made_of = [base.digest, quantization, *(manifest.of(folder).digest for folder in folders.values())]
+    made_of = [base.digest, settings.model_dump_json(), *(manifest.of(folder).digest for folder in folders.values())]
     return Speaker(convert.native(base, disk, after).path, settings, folders), json.dumps(made_of)
 
 
@@ -145,10 +155,18 @@ def _sampling(given: Mapping[str, Any]) -> "Sampling":
 
 def _prompts(program: Program, given: Mapping[str, Any]) -> "list[Prompt]":
     from job import config, generate, pull
+    from job.prepare import records
 
     source = config.Source(url=config.absolute(given["file"]))
     files = pull.data([source], _disk(program, given))
-    return [prompt for file in files for prompt in generate.read(file.path, file.url)]
+    found = [
+        generate.prompt(each.value, f"{file.url}:{each.place}", each.reason)
+        for file in files
+        for each in records.read(file.path, file.url)
+    ]
+    if not found:
+        raise errors.DataError(f"--input: {source.url} holds no prompts")
+    return found
 
 
 def _place(given: Mapping[str, Any], made_of: str, how: "Sampling", prompts: "Sequence[Prompt]") -> "Place":
@@ -157,6 +175,18 @@ def _place(given: Mapping[str, Any], made_of: str, how: "Sampling", prompts: "Se
     folder, _, name = config.absolute(given["out"]).rpartition("/")
     asked = [made_of, how.model_dump(mode="json"), given["batch"], [dict(each.record) for each in prompts]]
     return generate.Place(storage.connect(folder), name, json.dumps(asked))
+
+
+@contextlib.contextmanager
+def _left_alone() -> Iterator[None]:
+    """End quietly when the user leaves by Ctrl-C, or nobody reads what is written any more."""
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        click.echo("", err=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
 
 
 def _piped(_prompt: str) -> str:

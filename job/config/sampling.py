@@ -23,7 +23,7 @@ class Sampling(Section):
     """What is there already is so much less likely (CTRL, arXiv 1909.05858); 1: no less."""
     max_tokens: Annotated[int, Field(ge=1)] = 512
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings at which an answer is over; they are not part of it."""
 
 

@@ -24,6 +24,7 @@ from job.model import tokenizer, weights
 Message: TypeAlias = Mapping[str, str]
 Network: TypeAlias = Any  # each family has a class of its own
 _LONGEST = 1 << 30  # tokens of context, where nobody says
+_MARGIN = 8  # tokens: the end of an answer is decoded with some that come before it
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class Answer:
     text: str
     tokens: int
     ended: bool
+
+
+class _Stops(StoppingCriteria):
+    """Ends an answer in which one of the strings is; transformers' own looks into the prompt too."""
+
+    def __init__(self, words: PreTrainedTokenizerBase, stops: Sequence[str], asked: int) -> None:
+        self._words, self._stops, self._asked = words, stops, asked
+        self._many = 4 * max(map(len, stops)) + _MARGIN  # tokens: a character may take up to four
+
+    def __call__(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        ends = self._words.batch_decode(input_ids[:, self._asked :][:, -self._many :])
+        return torch.tensor([any(stop in end for stop in self._stops) for end in ends], device=input_ids.device)
 
 
 class _Told(StoppingCriteria):
@@ -52,13 +65,22 @@ class Speaker:
     """
 
     def __init__(self, base: Path, settings: config.Model, adapters: Mapping[str, Path]) -> None:
-        words = next(iter(adapters.values()), base)  # the template and the tokens that were trained with
-        self.words: PreTrainedTokenizerBase = tokenizer.load(words, trust_remote_code=settings.trust_remote_code)
-        if self.words.pad_token is None:
-            self.words.pad_token = self.words.eos_token
-        self.words.padding_side = "left"
         self._base, self._settings, self._folders = base, settings, dict(adapters)
         self.adapters, self.adapter = list(adapters), next(iter(adapters), None)
+        homes = [tokenizer.home(folder, base) for folder in adapters.values()] or [base]
+        self._words = [self._read(folder) for folder in homes]
+
+    @property
+    def words(self) -> PreTrainedTokenizerBase:
+        """The tokenizer and the template that the adapter was trained with; the base alone speaks like the first."""
+        return self._words[self.adapters.index(self.adapter) if self.adapter else 0]
+
+    def _read(self, folder: Path) -> PreTrainedTokenizerBase:
+        words = tokenizer.load(folder, trust_remote_code=self._settings.trust_remote_code)
+        if words.pad_token is None:
+            words.pad_token = words.eos_token
+        words.padding_side = "left"
+        return words
 
     @functools.cached_property
     def context(self) -> int:
@@ -91,10 +113,16 @@ class Speaker:
             raise errors.ConfigError(f"there is no adapter called {name}: there is {there}")
         self.adapter = name
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens after which the model answers a conversation."""
+    def prompt(self, messages: Sequence[Message], given: str = "", tools: Sequence[Any] | None = None) -> list[int]:
+        """The tokens after which the model answers a conversation, with `tools` that it may call.
+
+        What is `given` belongs to the last message, an instruction, and is put behind it as in training.
+        """
+        turns = [dict(each) for each in messages]
+        if given:
+            turns[-1]["content"] += tokenizer.input_heading(self.words) + given
         made: Any = self.words.apply_chat_template(
-            [dict(each) for each in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+            turns, tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return list(made["input_ids"])
 
@@ -106,7 +134,7 @@ class Speaker:
         ids = torch.tensor([[padding] * (longest - len(each)) + list(each) for each in prompts])
         seen = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
         with self._as_wanted(), torch.no_grad():
-            made = self._network.generate(**self._given(ids, seen), **self._how(how))
+            made = self._network.generate(**self._given(ids, seen), **self._how(how, longest))
         return [self._answer(each[longest:].tolist(), how) for each in made]
 
     def stream(self, prompt: Sequence[int], how: Sampling, seed: int, stop: threading.Event) -> Iterator[str]:
@@ -121,9 +149,10 @@ class Speaker:
             try:
                 with self._as_wanted(), torch.no_grad():
                     self._network.generate(
-                        **self._given(ids, torch.ones_like(ids)), **self._how(how), streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_Told(stop), _Told(left)]),
-                    )  # fmt: skip
+                        **self._given(ids, torch.ones_like(ids)),
+                        **self._how(how, len(prompt), _Told(stop), _Told(left)),
+                        streamer=streamer,
+                    )
             except BaseException as e:  # noqa: BLE001 - raised again below
                 failed.append(e)
             finally:
@@ -151,25 +180,33 @@ class Speaker:
         device = self._network.device
         return {"input_ids": ids.to(device), "attention_mask": seen.to(device)}
 
-    def _how(self, how: Sampling) -> dict[str, Any]:
+    def _how(self, how: Sampling, asked: int, *criteria: StoppingCriteria) -> dict[str, Any]:
         drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.temperature else {}
         likeliest = dict.fromkeys(("temperature", "top_p", "top_k"))
-        more = {"stop_strings": list(how.stop), "tokenizer": self.words} if how.stop else {}
+        stops = [_Stops(self.words, how.stop, asked)] if how.stop else []
         return {
             "do_sample": how.temperature > 0, **(drawn or likeliest), "repetition_penalty": how.repetition_penalty,
-            "max_new_tokens": how.max_tokens, "pad_token_id": self.words.pad_token_id, **more,
+            "max_new_tokens": how.max_tokens, "pad_token_id": self.words.pad_token_id,
+            "eos_token_id": self._ends(), "stopping_criteria": StoppingCriteriaList([*stops, *criteria]),
         }  # fmt: skip
 
     def _answer(self, ids: list[int], how: Sampling) -> Answer:
-        ends = {self.words.eos_token_id, *self._ends()}
+        ends, pad = self._ends(), self.words.pad_token_id
         said = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        ended = said < len(ids)
+        while said and ids[said - 1] == pad:  # behind what ended at a string
+            said -= 1
+        whole = str(self.words.decode(ids[:said]))
+        found = min((at for stop in how.stop if (at := whole.find(stop)) >= 0), default=None)
         text = str(self.words.decode(ids[:said], skip_special_tokens=True))
-        cut = min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=None)
-        return Answer(text if cut is None else text[:cut], said, said < len(ids) or cut is not None)
+        cut = min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=len(text))
+        return Answer(text[:cut], said, ended or found is not None)
 
     def _ends(self) -> list[int]:
+        """The tokens at which an answer ends: the tokenizer's, and those that the base names."""
         told = self._network.generation_config.eos_token_id
-        return told if isinstance(told, list) else [told] if told is not None else []
+        named = told if isinstance(told, list) else [told] if told is not None else []
+        return sorted({int(self.words.eos_token_id or 0), *named})
 
 
 def _until(parts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

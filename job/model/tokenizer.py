@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEMPLATE = "chat_template.json"  # where older bases that see images keep theirs
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
+"""Of which a tokenizer has one."""
 IGNORED = -100  # the label of a token without loss, by PyTorch's convention
 
 _HEADINGS = {"instruction-en": ("Instruction", "Input", "Response"), "instruction-zh": ("指令", "输入", "回答")}
@@ -23,6 +25,11 @@ _TURNS = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '### ANSWER\\n' }}{%- endif -%}"""
+
+
+def home(adapter: Path, base: Path) -> Path:
+    """Which of the two folders has the tokenizer that the adapter was trained with: its own, or else the base's."""
+    return adapter if any((adapter / name).is_file() for name in FILES) else base
 
 
 def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

@@ -9,9 +9,8 @@ from urllib.parse import unquote
 
 from job import errors, inputs, log, manifest, paths, storage
 from job.config import Config
-from job.model import legacy, prequantized, vision
+from job.model import legacy, prequantized, tokenizer, vision
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
 _PICKLED = re.compile(r"^pytorch_model.*\.bin$")
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})(\.safetensors|\.bin)$")
@@ -79,9 +78,10 @@ def base(url: str) -> Found:
         raise errors.ModelError(
             f"model.base: {source.url} has no config.json: it is not a model folder in Hugging Face layout"
         )
-    if not names.intersection(_TOKENIZERS):
+    if not names.intersection(tokenizer.FILES):
         raise errors.ModelError(
-            f"model.base: {source.url} has no tokenizer (one of {', '.join(_TOKENIZERS)}): upload it beside the weights"
+            f"model.base: {source.url} has no tokenizer (one of {', '.join(tokenizer.FILES)}): upload it beside the "
+            "weights"
         )
     wanted = [e for e in entries if e.key in weights or ("/" not in e.key and not _WEIGHTS.search(e.key))]
     ignored = sorted(names - {e.key for e in wanted})
