@@ -128,6 +128,10 @@ class Cache:
         return self.root / "runs" / self.run / name
 
 
+TERMS = r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[^/]*"
+"""What files are called that say what may be done with a model; as a regular expression, in any case."""
+
+
 def digest(text: str) -> str:
     """A short name for `text` that is safe in file names."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,7 +14,10 @@ from job.config import Config
 from job.preemption import Notice
 from job.storage import Store
 
-_MERGED = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|[^/]*\.json|[^/]*\.(txt|model|jinja|py|md|tiktoken)")
+_MERGED = re.compile(
+    rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|[^/]*\.(json|txt|model|jinja|py|md|tiktoken)|{paths.TERMS}",
+    re.IGNORECASE,
+)
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "boto3")
 
 

@@ -24,14 +24,12 @@ Job = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def models(tiny_model: Path, tmp_path: Path) -> examine.Models:
-    """A base, an adapter that makes a difference, and what they make together."""
+    """A base, an adapter with nothing beside its weights that makes a difference, and what they make together."""
     base = adapters.base(tmp_path / "base", tied=False, vocab_size=420)
     for path in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("*.jinja")):
         shutil.copy(path, base)
     targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 8}
     adapters.adapter(adapters.plain(base), tmp_path / "adapter", **targets)
-    for path in base.glob("tokenizer*"):
-        shutil.copy(path, tmp_path / "adapter")
     given = inputs.Base(base.as_uri(), base, "its digest")
     made = merge.folder(
         given, tmp_path / "adapter", config.Model(base=base.as_uri()), config.Merge(), tmp_path / "m" / "m"

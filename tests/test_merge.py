@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -349,8 +350,13 @@ def test_an_adapter_that_does_not_do_its_work_is_an_error(
         ({"target_parameters": ["experts.gate_up_proj"]}, "the adapter was made with target_parameters"),
         ({"alora_invocation_tokens": [1, 2]}, "the adapter was made with alora_invocation_tokens"),
         ({"some_new_thing": {"of": 2027}}, "the adapter was made with some_new_thing (adapter_config.json), which"),
-        ({"modules_to_save": ["lm_head"]}, "by its settings it was trained on lm_head, of which it holds no weights"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "by its settings it was trained on lm_head.weight, of which it holds no weights",
+        ),
         ({"use_dora": True}, "model.layers.0.mlp.down_proj lacks lora_magnitude_vector: save or bring it again"),
+        ({"lora_bias": True}, "model.layers.0.mlp.down_proj lacks lora_B.bias: save or bring it again"),
+        ({"trainable_token_indices": [1]}, "it was trained on trainable_token_indices, of which it holds no weights"),
         ({"r": None}, "does not say r and lora_alpha: it is not what PEFT writes"),
     ],
 )
@@ -362,6 +368,135 @@ def test_settings_that_the_merge_would_not_honour_are_an_error(
 
     with pytest.raises(errors.ModelError, match=re.escape(told)):
         merged(tiny_model, adapter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "more", "told"),
+    [
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+            lambda w: {k: v for k, v in w.items() if "layers.1.input_layernorm" not in k},
+            {},
+            "it was trained on model.layers.1.input_layernorm.weight, of which it holds no weights (1 such)",
+        ),
+        (
+            {"target_modules": ["q_proj"], "bias": "all"},
+            lambda w: {k: v for k, v in w.items() if "layers.1.self_attn.k_proj.bias" not in k},
+            {},
+            "it was trained on model.layers.1.self_attn.k_proj.bias, of which it holds no weights (1 such)",
+        ),
+        (
+            {"target_modules": ["q_proj"], "trainable_token_indices": [3, 9]},
+            lambda w: w,
+            {"trainable_token_indices": [3, 9, 12]},
+            "holds 2 rows of model.embed_tokens, and adapter_config.json names 3 tokens for them: they do not belong",
+        ),
+        (
+            {"target_modules": ["q_proj"], "trainable_token_indices": [3, 9]},
+            lambda w: w,
+            {"trainable_token_indices": [3, -9]},
+            "names 2 tokens for them, a negative one among them: they do not belong together",
+        ),
+        (
+            {"target_modules": ["q_proj"], "use_dora": True},
+            lambda w: {k: v[:-1].clone() if "magnitude" in k else v for k, v in w.items()},
+            {},
+            "lora_magnitude_vector for model.layers.0.self_attn.q_proj has 15 numbers, and its lora_B 16 outputs",
+        ),
+        (
+            {"target_modules": ["q_proj"], "use_dora": True},
+            lambda w: w,
+            {"use_dora": False},
+            "has a lora_magnitude_vector for model.layers.0.self_attn.q_proj, and adapter_config.json does not say use",
+        ),
+        (
+            {"target_modules": ["q_proj"], "lora_bias": True},
+            lambda w: {k: v[:1].clone() if "lora_B.bias" in k else v for k, v in w.items()},
+            {},
+            "lora_B.bias for model.layers.0.self_attn.q_proj has 1 numbers, and its lora_B 16 outputs: save or bring",
+        ),
+    ],
+    ids=["whole module", "bias", "more tokens", "no token", "short magnitude", "idle magnitude", "short bias"],
+)
+def test_an_adapter_that_lacks_what_its_settings_say_is_an_error(
+    kind: dict[str, object], how: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    more: dict[str, object], told: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Whatever was trained besides the matrices; nothing is read from what lies behind it in the file."""
+    base = adapters.base(tmp_path / "base", tied=False, attention_bias=True)
+    with warnings.catch_warnings(action="ignore"):
+        adapters.adapter(adapters.plain(base), tmp_path / "adapter", **kind)
+    change(tmp_path / "adapter", how)
+    say(tmp_path / "adapter", **more)
+
+    with pytest.raises(errors.ModelError, match=re.escape(told)):
+        merged(base, tmp_path / "adapter")
+
+
+def test_trained_tokens_and_a_head_that_shares_them_are_refused_together(tmp_path: Path) -> None:
+    """PEFT computes such a head from the trained tokens, and merges it without them."""
+    base = adapters.base(tmp_path / "base", tied=True)
+    adapters.adapter(
+        adapters.plain(base), tmp_path / "adapter", target_modules=["lm_head"], trainable_token_indices=[1, 2]
+    )
+
+    with pytest.raises(errors.ModelError, match=r"trained tokens of model\.embed_tokens\.weight and a LoRA on lm_head"):
+        merged(base, tmp_path / "adapter")
+
+
+def test_the_weights_are_those_that_transformers_would_read(tmp_path: Path) -> None:
+    """Of a single file and an index it takes the file; an adapter that lies there too is no part of the base."""
+    base = adapters.base(tmp_path / "base", tied=False)
+    plain = adapters.plain(base)
+    expected = adapters.logits(adapters.adapter(plain, tmp_path / "adapter", target_modules=["q_proj"]))
+    held = load_file(base / "model.safetensors")
+    save_file({name: value * 2 for name, value in held.items()}, base / "old.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(held, "old.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    made = merged(base, tmp_path / "adapter")
+    torch.testing.assert_close(adapters.logits(adapters.plain(made)), expected, rtol=1e-5, atol=1e-5)
+
+    shutil.rmtree(made)
+    (base / "model.safetensors").rename(base / "weights.safetensors")
+    (base / "old.safetensors").unlink()
+    with pytest.raises(errors.ModelError, match=r"lacks old\.safetensors, which model\.safetensors\.index\.json names"):
+        merged(base, tmp_path / "adapter")
+    (base / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(errors.ModelError, match=r"index\.json cannot be read"):
+        merged(base, tmp_path / "adapter")
+    (base / "model.safetensors.index.json").unlink()
+    save_file({"stray": torch.ones(1)}, base / "adapter_model.safetensors")
+    made = merged(base, tmp_path / "adapter")
+    assert "stray" not in load_file(made / "model.safetensors")
+    shutil.rmtree(made)
+    save_file(dict(list(held.items())[:1]), base / "more.safetensors")
+    with pytest.raises(errors.ModelError, match=r"lm_head\.weight is in weights\.safetensors and in more\.safetensors"):
+        merged(base, tmp_path / "adapter")
+
+
+def test_integers_that_stand_for_weights_are_not_added_to(tmp_path: Path) -> None:
+    """Nobody says by what they were to be multiplied."""
+    base = adapters.base(tmp_path / "base", tied=False)
+    adapters.adapter(adapters.plain(base), tmp_path / "adapter", target_modules=["q_proj"])
+    held = load_file(base / "model.safetensors")
+    held["model.layers.0.self_attn.q_proj.weight"] = torch.ones(16, 16, dtype=torch.int8)
+    save_file(held, base / "model.safetensors")
+
+    with pytest.raises(errors.ModelError, match=r"q_proj\.weight in .* has numbers in int8, which stand for others"):
+        merged(base, tmp_path / "adapter")
+
+
+def test_a_part_of_a_tokenizer_is_none(tiny_model: Path, adapter: Path) -> None:
+    """The base's is taken then, whole; and its licence and code, whatever lies beside the adapter."""
+    for path in adapter.glob("tokenizer*"):
+        path.unlink()
+    for name in ("special_tokens_map.json", "LICENSE", "train.py"):
+        (adapter / name).write_text("{}")
+
+    made = merged(tiny_model, adapter)
+
+    assert (made / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
+    assert not {"special_tokens_map.json", "LICENSE", "train.py"} & files(made)
 
 
 def test_a_bias_that_the_base_has_no_place_for_is_an_error(tmp_path: Path) -> None:
@@ -475,9 +610,10 @@ def test_a_killed_merge_goes_on_with_the_shards_that_are_whole(
     assert stopped.ended() == -signal.SIGKILL
     (partial,) = (tmp_path / "cache" / "runs").rglob("*.partial")
     journal = partial.with_suffix(".shards")
-    first = json.loads(journal.read_text().splitlines()[0])["name"]
+    kept = [json.loads(line) for line in journal.read_text().splitlines() if line]
+    first = kept[0]["name"]
     (partial / first).write_bytes((partial / first).read_bytes()[:-1] + b"!")
-    there = len(journal.read_text().splitlines()) - 1
+    there = len(kept) - 1
 
     again = job("run", described)
 

@@ -48,6 +48,7 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
 
     store, disk = storage.connect(order.run.url), cache(order, environ)
     disk.make()
+    after.enter_context(storage.alone(disk.work("")))  # two starts of one merge would write the same files
     made_of = f"{pull.both(order, disk, after)} {order.model.model_dump_json()} {order.merge.model_dump_json()}"
     storage.checked(store, paths.PROBE, required=order.run.conditional_writes == "required")
     if not publish.holds(store, made_of):

@@ -71,7 +71,7 @@ def _looked(
             **_how(name, models.base, settings.model, had),
             "path": str(folders.get(name) or models.base),
             "adapter": None if name in folders else str(models.adapter),
-            "words": str(folders.get(name) or models.adapter),
+            "words": str(folders.get(name) or tokenizer.home(models.adapter, models.base)),
             "prompts": [{"ids": each["ids"][: each["asked"]], "seen": each.get("seen")} for each in prompts],
             "logits": str(scratch / f"{name}.safetensors"),
         }
@@ -91,7 +91,9 @@ def _show(
     examples: Sequence[dict[str, Any]], models: Models, settings: config.Config | config.Merging, scratch: Path
 ) -> None:
     """Put what the model gets of the images of each example into a file, whose path is added to it."""
-    words = tokenizer.load(models.adapter, trust_remote_code=settings.model.trust_remote_code)
+    words = tokenizer.load(
+        tokenizer.home(models.adapter, models.base), trust_remote_code=settings.model.trust_remote_code
+    )
     seeing = vision.Vision(
         models.base, words, settings.data.max_pixels if isinstance(settings, config.Config) else None
     )

@@ -30,6 +30,7 @@ _KNOWN = {
     "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "runtime_config",
 }  # fmt: skip
+_ASKED = {"magnitude": "use_dora", "bias": "lora_bias"}  # parts of a layer, and the settings that ask for them
 _PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")  # ways to begin that leave the base as it is
 
 
@@ -103,7 +104,7 @@ class Adapter:
             if kind == "whole":
                 made.whole[module] = key
             elif kind == "tokens":
-                made.tokens[module] = (_indices(made.settings, module), key)
+                made.tokens[module] = (_indices(made.settings, module, made.file.tensors[key].rows), key)
             elif kind != "replaced":
                 parts.setdefault(module, {})[kind] = key
         for module, named in parts.items():
@@ -141,7 +142,8 @@ class Adapter:
                 "lower train.learning_rate and train again"
             )
         moved = any(part.any() for layer in self.layers.values() for part in self._parts(layer.second))
-        if self.layers and not moved and not self.whole and not self.tokens:
+        other = any(layer.magnitude or layer.bias for layer in self.layers.values())
+        if self.layers and not moved and not self.whole and not self.tokens and not other:
             raise errors.ModelError(
                 f"the adapter changes nothing: lora_B is zero in all {len(self.layers)} layers, so the merged model "
                 "would be the base: it was not trained, or saved without its weights"
@@ -160,9 +162,9 @@ def some(names: Sequence[str]) -> str:
 
 
 def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping[str, str]) -> LowRank:
-    lacking = {"first", "second", *(["magnitude"] if settings.get("use_dora") else [])} - named.keys()
-    if lacking:
-        letters = {"first": "lora_A", "second": "lora_B", "magnitude": "lora_magnitude_vector"}
+    wanted = {"first", "second"} | {part for part, key in _ASKED.items() if settings.get(key)}
+    letters = {"first": "lora_A", "second": "lora_B", "magnitude": "lora_magnitude_vector", "bias": "lora_B.bias"}
+    if lacking := wanted - named.keys():
         raise errors.ModelError(
             f"the adapter is not whole: {module} lacks {' and '.join(sorted(letters[each] for each in lacking))}: "
             "save or bring it again"
@@ -173,6 +175,18 @@ def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping
             f"the adapter's matrices for {module} are {list(one.shape)} and {list(two.shape)}, where [r, inputs] and "
             "[outputs, r] can be merged: other layers than linear ones and embeddings are merged by PEFT itself"
         )
+    if more := sorted(named.keys() - wanted):
+        raise errors.ModelError(
+            f"the adapter has a {letters[more[0]]} for {module}, and {SETTINGS} does not say {_ASKED[more[0]]}: they "
+            "do not belong together"
+        )
+    for part in sorted(named.keys() & _ASKED.keys()):
+        numbers = math.prod(file.tensors[named[part]].shape)
+        if numbers != two.shape[0]:
+            raise errors.ModelError(
+                f"the adapter's {letters[part]} for {module} has {numbers} numbers, and its lora_B {two.shape[0]} "
+                "outputs: save or bring it again"
+            )
     rank = int(saved.of(settings, "rank_pattern", module, settings["r"]))
     if one.shape[0] != rank:
         raise errors.ModelError(
@@ -185,13 +199,19 @@ def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping
     return LowRank(file, named["first"], named["second"], scale, embedding, named.get("magnitude"), named.get("bias"))
 
 
-def _indices(settings: Mapping[str, Any], module: str) -> list[int]:
+def _indices(settings: Mapping[str, Any], module: str, rows: int) -> list[int]:
     told = settings.get("trainable_token_indices")
     if isinstance(told, Mapping):
         told = next((each for name, each in told.items() if module == name or module.endswith(f".{name}")), None)
     if not isinstance(told, list):
         raise errors.ModelError(f"the adapter holds rows of {module}, and {SETTINGS} does not say which: save it again")
-    return [int(each) for each in told]
+    made = [int(each) for each in told]
+    if len(made) != rows or len(set(made)) != rows or min(made) < 0:
+        raise errors.ModelError(
+            f"the adapter holds {rows} rows of {module}, and {SETTINGS} names {len(set(made))} tokens for them"
+            f"{', a negative one among them' if min(made, default=0) < 0 else ''}: they do not belong together"
+        )
+    return made
 
 
 def _settings(path: Path) -> Mapping[str, Any]:
@@ -202,7 +222,8 @@ def _settings(path: Path) -> Mapping[str, Any]:
     kind = told.get("peft_type")
     if kind != "LORA":
         raise errors.ModelError(f"the adapter is of the kind {kind}, where LORA can be merged: merge it with PEFT")
-    if told.get("init_lora_weights") not in _PLAIN:
+    begun = told.get("init_lora_weights")
+    if (begun.lower() if isinstance(begun, str) else begun) not in _PLAIN:
         raise errors.ModelError(
             f"the adapter began with init_lora_weights {told['init_lora_weights']}, which changed the base as well: "
             "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain adapter of it"

@@ -1,6 +1,5 @@
 """Whether an adapter belongs to a base: each part of it has its place there, and each place its part."""
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -34,7 +33,7 @@ def check(adapter: Adapter, network: PreTrainedModel, files: Pieces) -> None:
     modules = dict(network.named_modules())
     for name, update in adapter.layers.items():
         _fits(name, modules[name], update, enlarged=name + WEIGHT in adapter.whole)
-    if lacking := [*_untouched(adapter, modules), *_unkept(adapter)]:
+    if lacking := [*_untouched(adapter, modules), *_unkept(adapter, modules), *_unbiased(adapter, there)]:
         raise errors.ModelError(
             f"the adapter is not whole: by its settings it was trained on {some(lacking)}, of which it holds no "
             f"weights ({len(lacking)} such): save or bring it again"
@@ -50,7 +49,13 @@ def untie(adapter: Adapter, network: PreTrainedModel, files: Pieces) -> Mapping[
     apart: dict[str, str | None] = {}
     for one, two in dict(network.all_tied_weights_keys).items():
         changes = {one, two} & adapter.changed
-        if changes and two.removesuffix(WEIGHT) in adapter.tokens and one not in changes:  # PEFT ties those itself
+        rows = [adapter.tokens.get(name.removesuffix(WEIGHT)) for name in (one, two)]
+        if rows[1] and not rows[0] and one.removesuffix(WEIGHT) in adapter.layers:
+            raise errors.ModelError(
+                f"the adapter has trained tokens of {two} and a LoRA on {one}, which is the same matrix in the base: "
+                "what PEFT computes with both is not what it merges; train with one of them"
+            )
+        if changes and rows[1] and one not in changes:  # PEFT ties those itself
             if one in files.names:
                 adapter.tokens[one.removesuffix(WEIGHT)] = adapter.tokens[two.removesuffix(WEIGHT)]
         elif len(changes) == 2 and _alike(adapter, one, two):  # noqa: PLR2004 - both
@@ -93,15 +98,38 @@ def _untouched(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
     return sorted(meant - adapter.layers.keys() - {name.removesuffix(WEIGHT) for name in adapter.whole})
 
 
-def _unkept(adapter: Adapter) -> Iterable[str]:
-    """Modules that were trained whole, by the settings, and of which there is nothing."""
+def _unkept(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterable[str]:
+    """Parameters that were trained whole, and embeddings of which rows were, by the settings, and that lack."""
     for name in adapter.settings.get("modules_to_save") or []:
-        if not any(re.search(rf"(^|\.){re.escape(name)}\.", each) for each in adapter.whole):
+        meant = [each for each in modules if each == name or each.endswith(f".{name}")]
+        for module in meant:
+            for leaf, _ in modules[module].named_parameters():
+                if f"{module}.{leaf}" not in adapter.whole:
+                    yield f"{module}.{leaf}"
+        if not meant:
+            yield name
+    told = adapter.settings.get("trainable_token_indices")
+    for name in told if isinstance(told, Mapping) else ():
+        if not any(each == name or each.endswith(f".{name}") for each in adapter.tokens):
+            yield name
+    if told and not adapter.tokens:
+        yield "trainable_token_indices"
+
+
+def _unbiased(adapter: Adapter, there: Iterable[str]) -> Iterable[str]:
+    """Biases that were trained, by the settings, and that lack."""
+    kind = adapter.settings.get("bias")
+    for name in there if kind in ("all", "lora_only") else ():
+        layer = name.removesuffix(BIAS)
+        if name.endswith(BIAS) and (kind == "all" or layer in adapter.layers) and name not in adapter.whole:
             yield name
 
 
 def _alike(adapter: Adapter, one: str, two: str) -> bool:
     """Whether both weights become the same."""
+    tokens = [adapter.tokens.get(name.removesuffix(WEIGHT)) for name in (one, two)]
+    if tokens[0] or tokens[1]:
+        return tokens[0] == tokens[1] and one not in adapter.whole and two not in adapter.whole
     held = [adapter.whole.get(name) for name in (one, two)]
     layers = [adapter.layers.get(name.removesuffix(WEIGHT)) for name in (one, two)]
     if held[0] and held[1]:

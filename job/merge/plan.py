@@ -149,6 +149,12 @@ class _Laid:
 
     def _tensor(self, name: str, called: str, stored: Source) -> Tensor:
         before = self._before(name, stored)
+        kind = before.outline.dtype
+        if name in self.adapter.changed and not (kind.is_floating_point and kind.itemsize > 1):
+            raise errors.ModelError(
+                f"model.base: {name} in {self.files.base} has numbers in {str(kind).removeprefix('torch.')}, which "
+                "stand for others: use the weights as they were before they were quantized"
+            )
         source = self._changed(name, before)
         self.held.add(name)
         self._sized(name, source)

@@ -57,7 +57,7 @@ def write(shards: Shards, target: Path, journal: Path) -> dict[str, str]:
         for name, digest in hands.work({name: part for name, part in shards.items() if name not in whole}, target):
             whole[name] = digest
             with journal.open("a", encoding="ascii") as file:
-                file.write(json.dumps({"name": name, "sha256": digest}) + "\n")
+                file.write(f"\n{json.dumps({'name': name, 'sha256': digest})}")  # behind a line that may be torn
     if len(shards) > 1:
         placed = {tensor.name: name for name, part in shards.items() for tensor in part}
         counted = sum(tensor.outline.size // tensor.dtype.itemsize for part in shards.values() for tensor in part)
@@ -152,7 +152,7 @@ class _StoppedError(Exception):
 
 def _finite(numbers: torch.Tensor) -> bool:
     """Whether all of them are; ten times as fast as to look at each."""
-    return not numbers.is_floating_point() or all(map(torch.isfinite, torch.aminmax(numbers)))
+    return not numbers.is_floating_point() or not numbers.numel() or all(map(torch.isfinite, torch.aminmax(numbers)))
 
 
 def _numbers(tensor: Tensor) -> int:

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from job import errors, log
+from job import errors, log, paths
 from job.merge.plan import Plan
+from job.model import tokenizer
 
 CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 # What of a model's folder is needed to use it, besides its weights.
 _KEPT = re.compile(
     r"(config|generation_config|vocab|added_tokens|special_tokens_map|chat_template|tokenizer[^/]*|"
-    r"[^/]*processor_config)\.json|(vocab|merges)\.txt|[^/]*\.(py|model|tiktoken|jinja)|"
-    r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[^/]*",
+    rf"[^/]*processor_config)\.json|(vocab|merges)\.txt|[^/]*\.(py|model|tiktoken|jinja)|{paths.TERMS}",
     re.IGNORECASE,
 )
-_WORDS = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens|merges|spiece)")
+_WORDS = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens|merges|spiece)|.*\.tiktoken")
+_SEEN = re.compile(r"[^/]*processor_config\.json")  # how images become numbers
 _TEMPLATE = "chat_template"
 _TYPE = ("dtype", "torch_dtype")  # what transformers calls it, and what it called it before version 5
 _QUANTIZED = ("quantization_config", "compression_config")
@@ -30,13 +31,13 @@ _QUANTIZED = ("quantization_config", "compression_config")
 
 def write(base: Path, adapter: Path, target: Path, plan: Plan, dtype: torch.dtype) -> None:
     """Put what a model is used with into the folder `target`: the base's, and the adapter's where it has its own."""
-    own = any(_WORDS.match(path.name) for path in _files(adapter))
-    speaks = own and _speaks(adapter)
+    own = tokenizer.home(adapter, base) == adapter  # a part of one is none
+    speaks = _speaks(adapter)
     for path in _files(base):  # files of two tokenizers do not make one, and a second template would hide the first
         if not (own and _WORDS.match(path.name)) and not (speaks and path.name.startswith(_TEMPLATE)):
             shutil.copyfile(path, target / path.name)
-    for path in _files(adapter):
-        if path.name in (CONFIG, _GENERATION):  # the model is the base's, also where somebody saved its config here
+    for path in _files(adapter):  # the model is the base's, also where somebody saved its config, code or licence here
+        if not (own and _WORDS.match(path.name)) and not path.name.startswith(_TEMPLATE) and not _SEEN.match(path.name):
             continue
         shutil.copyfile(path, target / path.name)
     _describe(target / CONFIG, plan, str(dtype).removeprefix("torch."))

@@ -129,8 +129,9 @@ def _laid(
 
 def _made_from(base: str, adapter: str, model: configs.Model, wanted: configs.Merge) -> str:
     """What the shards depend on, this code included."""
-    code = [manifest.sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
-    versions = map(importlib.metadata.version, ("torch", "transformers", "bitsandbytes"))
+    sources = [*Path(__file__).parent.glob("*.py"), *Path(weights.__file__).parent.rglob("*.py")]
+    code = [manifest.sha256(path) for path in sorted(sources)]
+    versions = map(importlib.metadata.version, ("torch", "transformers", "peft", "bitsandbytes"))
     return paths.digest(" ".join([base, adapter, model.model_dump_json(), wanted.model_dump_json(), *code, *versions]))
 
 

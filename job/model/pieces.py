@@ -61,6 +61,11 @@ class Pieces:
         """What transformers would make something else of while loading."""
         self._files: dict[str, tuple[Shard, str]] = {}
         for file in map(Shard, _whole(base)):
+            if twice := sorted(file.tensors.keys() & self._files.keys()):
+                raise errors.ModelError(
+                    f"model.base: {twice[0]} is in {file.path.name} and in {self._files[twice[0]][0].path.name} "
+                    f"({base}): take one out"
+                )
             self._files |= {key: (file, key) for key in file.tensors}
 
     @property
@@ -206,13 +211,22 @@ def quantize(network: PreTrainedModel, how: BitsAndBytesConfig) -> None:
 
 
 def _whole(base: Path) -> list[Path]:
-    """The files that transformers reads: others may lie beside them, such as the original ones of Llama and Mistral."""
+    """The files that transformers reads, which looks for a single one first.
+
+    Others may lie beside them, such as the original ones of Llama and Mistral. Raises `errors.ModelError` if one lacks.
+    """
     index = base / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        return [
-            base / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
-    return [base / SAFE_WEIGHTS_NAME] if (base / SAFE_WEIGHTS_NAME).is_file() else sorted(base.glob("*.safetensors"))
+    if (base / SAFE_WEIGHTS_NAME).is_file():
+        return [base / SAFE_WEIGHTS_NAME]
+    if not index.is_file():
+        return sorted(path for path in base.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise errors.ModelError(f"model.base: {index} cannot be read ({type(e).__name__}: {e}): bring it again") from e
+    if lost := [name for name in named if not (base / name).is_file()]:
+        raise errors.ModelError(f"model.base: {base} lacks {lost[0]}, which {index.name} names: bring the model again")
+    return [base / name for name in named]
 
 
 def _plain(name: str) -> str:

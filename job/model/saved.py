@@ -13,6 +13,7 @@ PICKLED = "adapter_model.bin"
 """What PEFT wrote before 0.7, and writes with safe_serialization=False."""
 PREFIX = "base_model.model."  # what PEFT adds to a name
 WRAPPED = ".base_layer"
+_TOKENS = ".token_adapter"
 EMBEDDING = ".lora_embedding_A"
 _KEPT = ".modules_to_save."
 _REPLACED = ".original_module."  # what was there before, which PEFT saves too where the vocabulary has grown
@@ -22,7 +23,7 @@ _PARTS = {
     ".lora_B.weight": "second",
     ".lora_embedding_B": "second",
     ".lora_B.bias": "bias",
-    ".token_adapter.trainable_tokens_delta": "tokens",
+    f"{_TOKENS}.trainable_tokens_delta": "tokens",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
@@ -37,7 +38,7 @@ def parsed(key: str) -> tuple[str, str]:
             return name.removesuffix(suffix), part
     if _REPLACED in name:
         return name, "replaced"
-    return name.replace(WRAPPED, "").replace(_KEPT, "."), "whole"
+    return name.replace(WRAPPED, "").replace(_TOKENS, "").replace(_KEPT, "."), "whole"
 
 
 def of(settings: Mapping[str, Any], pattern: str, module: str, usual: object) -> Any:  # noqa: ANN401 - a number of PEFT's

@@ -85,6 +85,8 @@ class Shard:
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Its rows from `first` to before `last`, [last - first, …]."""
         whole = self.tensors[name]
+        if not 0 <= first <= last <= whole.rows:  # behind it in the file lie the numbers of another
+            raise errors.ModelError(f"{name} in {self.path} has {whole.rows} rows, not those from {first} to {last}")
         width = whole.row * whole.dtype.itemsize
         held = torch.empty((last - first) * width, dtype=torch.uint8)
         begin, view = self._begin + self._places[name] + first * width, memoryview(held.numpy())  # type: ignore[arg-type]  # numpy's stubs for Python 3.11

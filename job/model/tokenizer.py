@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEMPLATE = "chat_template.json"  # where older bases that see images keep theirs
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 """Of which a tokenizer has one."""
 IGNORED = -100  # the label of a token without loss, by PyTorch's convention
 

@@ -15,6 +15,8 @@ from job.model import vision
 from job.pull import look as looked
 from job.pull.look import Found, Kind
 
+_PACKED = 4  # times as large a base that was quantized to 4 bits is in 16
+
 
 def preflight(
     config: Config,
@@ -41,7 +43,7 @@ def preflight(
     places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
     _used(found, places, cache, keep)
     pulled = _to_pull(found, places)
-    needed = pulled + _written(found[0], kind, cache, merges=config.merge.enabled and not helps)
+    needed = pulled + _written(found[0], kind, cache, config.merge.dtype, merges=config.merge.enabled and not helps)
     storage.make_room(cache.shelves(), needed, config.run.cache_limit, look=look)
     log.event(
         "preflight",
@@ -61,7 +63,7 @@ def both(order: Merging, cache: paths.Cache, keep: ExitStack) -> str:
     """Look at the base and the adapter of a merge on its own, as `preflight` does; returns what names both."""
     found = [looked.base(order.model.base), looked.adapter(order.adapter.url)]
     places = [cache.base(found[0].fingerprint), cache.adapter(found[1].fingerprint)]
-    needed = _to_pull(found, places) + _written(found[0], looked.kind(found[0]), cache, merges=True)
+    needed = _to_pull(found, places) + _written(found[0], looked.kind(found[0]), cache, order.merge.dtype, merges=True)
     _used(found, places, cache, keep)
     storage.make_room(cache.shelves(), needed, order.run.cache_limit, look=False)
     return paths.digest(" ".join(each.fingerprint for each in found))
@@ -84,10 +86,11 @@ def _used(found: Sequence[Found], places: Sequence[Path], cache: paths.Cache, ke
         keep.enter_context(storage.used(place))
 
 
-def _written(base: Found, kind: Kind, cache: paths.Cache, *, merges: bool) -> int:
-    """Bytes that are made of the base: what it is converted to, if it is not yet, and merged."""
+def _written(base: Found, kind: Kind, cache: paths.Cache, dtype: str, *, merges: bool) -> int:
+    """Bytes that are made of the base: what it is converted to, if it is not yet, and merged in so wide numbers."""
+    wide = (_PACKED if kind.scheme else 1) * (2 if dtype == "float32" else 1)  # most bases have 16 bits
     converts = kind.converts and not any(map(manifest.sealed, cache.conversions(base.fingerprint)))
-    return base.size * (converts + merges)
+    return base.size * (converts + (merges and wide))
 
 
 def _to_pull(found: Sequence[Found], places: Sequence[Path]) -> int:
