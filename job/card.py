@@ -3,6 +3,7 @@
 Its head is what the Hugging Face Hub reads (https://huggingface.co/docs/hub/model-cards).
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from job import config
+from job.model import vision
 
 NAME = "README.md"
 _HEAD = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
@@ -41,6 +43,15 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 
 `vllm serve` and text-generation-inference take the folder as it is.""",
+    "seeing": """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("this folder", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("this folder")
+```
+
+`vllm serve` takes the folder as it is.""",
 }
 
 
@@ -52,22 +63,23 @@ def adapter(settings: config.Config, base: Path, facts: Mapping[str, Any]) -> st
 def merged(settings: config.Config, base: Path, facts: Mapping[str, Any], seen: Mapping[str, Any]) -> str:
     """The card of a run's merged model, with what was `seen` of it."""
     rows = {**_training(settings, facts), **_merge(facts, seen)}
-    return _card(settings.run.name, settings.model.base, base, "merged", rows, losses(seen))
+    return _card(settings.run.name, settings.model.base, base, "merged", rows, losses(seen), left(seen))
 
 
 def alone(order: config.Merging, base: Path, facts: Mapping[str, Any], seen: Mapping[str, Any]) -> str:
     """The card of an adapter from elsewhere, merged."""
     rows = {"Adapter": f"{order.adapter.url}, digest {facts['adapter']}", **_merge(facts, seen)}
-    return _card(order.run.url.rpartition("/")[2], order.model.base, base, "merged", rows, losses(seen))
+    return _card(order.run.url.rpartition("/")[2], order.model.base, base, "merged", rows, losses(seen), left(seen))
 
 
 def _card(name: str, url: str, base: Path, kind: str, rows: Mapping[str, str], *more: str) -> str:
+    sees = vision.sees(json.loads((base / "config.json").read_text(encoding="utf-8")))
     of_hub = url.removeprefix("hf://").partition("@")[0] if url.startswith("hf://") else None
     head: dict[str, Any] = {
         **({"base_model": of_hub} if of_hub else {}),
         "base_model_relation": "adapter" if kind == "adapter" else "finetune",
         "library_name": "peft" if kind == "adapter" else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "tags": ["lora"],
         **_license(base),
     }
@@ -79,7 +91,7 @@ def _card(name: str, url: str, base: Path, kind: str, rows: Mapping[str, str], *
         "\n".join(f"- **{key}**: {value}" for key, value in rows.items()),
         *more,
         "## How to load it",
-        _LOAD[kind],
+        _LOAD["seeing" if sees and kind == "merged" else kind],
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -90,7 +102,7 @@ def _license(base: Path) -> dict[str, Any]:
     found = _HEAD.match(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     try:
         told = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # such as a day that no month has
         return {}
     return {key: told[key] for key in _LICENSE if told.get(key)} if isinstance(told, dict) else {}
 
@@ -120,6 +132,12 @@ def _merge(facts: Mapping[str, Any], seen: Mapping[str, Any]) -> dict[str, str]:
             f"with the adapter, which differ from the base's by {seen['effect']:.2%}"
         )
     return rows
+
+
+def left(seen: Mapping[str, Any]) -> str:
+    """What was not looked at, and why."""
+    told = [f"- {CALLED[name]}: {why}" for name, why in seen.get("left", {}).items()]
+    return "\n".join(["Not looked at:", "", *told]) if told else ""
 
 
 def losses(seen: Mapping[str, Any]) -> str:

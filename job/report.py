@@ -73,7 +73,7 @@ def _result(seen: Mapping[str, Any]) -> str:
         if "off" in seen
         else ""
     )
-    return "\n\n".join(part for part in (opened, card.losses(seen)) if part)
+    return "\n\n".join(part for part in (opened, card.losses(seen), card.left(seen)) if part)
 
 
 def _answers(answers: Sequence[Mapping[str, str]]) -> str:

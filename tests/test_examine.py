@@ -17,7 +17,8 @@ import yaml
 from conftest import command, files
 from safetensors.torch import load_file, save_file
 
-from job import cluster, config, errors, examine, inputs, merge
+from job import card, cluster, config, errors, examine, inputs, merge
+from job.examine import judge, look
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -158,11 +159,62 @@ def test_what_does_not_fit_into_memory_is_said(
     """And is no error: the sums were checked without a model in memory."""
     monkeypatch.setattr(cluster, "free_memory", lambda: 10**6)
 
-    assert looked(models, tmp_path / "scratch") == {}
+    told = looked(models, tmp_path / "scratch")
 
+    assert told == {"left": {"merged": "there was not enough memory"}}
+    assert "- the merged model: there was not enough memory" in card.left(told)
     assert (
         "the result is not opened on this machine: 0.0 billion weights take 2.0 GB of memory, and 1.0 MB are" in said()
     )
+
+
+def test_a_prompt_as_long_as_the_context_is_no_failure(models: examine.Models, tmp_path: Path) -> None:
+    """It is answered with as much as there is room for, also where positions are learned and there are no more."""
+    told = models.base / "config.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "max_position_embeddings": 8}))
+    assert models.merged
+    asked = {
+        "examples": [{"ids": list(range(8)), "labels": list(range(8)), "seen": None}],
+        "models": [
+            {"name": "adapted", "path": str(models.base), "adapter": str(models.adapter), "words": str(models.base),
+             "quantized": None, "device": "cpu", "dtype": "float32", "positions": 4, "tokens": 5,
+             "trust_remote_code": False, "logits": str(tmp_path / "logits"),
+             "prompts": [{"ids": list(range(length)), "seen": None} for length in (6, 8)]},
+        ],
+    }  # fmt: skip
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+
+    program = [*command()[:1], look._PROGRAM, tmp_path / "asked.json", tmp_path / "told.jsonl"]
+    with subprocess.Popen(program, stdin=subprocess.PIPE) as running:  # which it ends with
+        assert running.wait(120) == 0
+
+    found = json.loads((tmp_path / "told.jsonl").read_text())
+    assert not {"error", "failed"} & found.keys()
+    assert (found["answers"][0] == "", found["answers"][1]) == (False, "")
+
+
+@pytest.mark.parametrize("kind", ["failed", "memory"])
+def test_what_can_be_opened_and_not_measured_is_said(kind: str, tmp_path: Path, said: Callable[[], str]) -> None:
+    """A disk that is full, or memory: the merged model is none the worse for it."""
+    opened = {"tokenizer": {"tokens": 9, "ids": [], "chat": ""}, "rows": 9, "class": "Llama"}
+
+    told = judge.judged({"merged": {**opened, kind: "RuntimeError: no"}}, "float32", None, [], tmp_path)
+
+    assert "RuntimeError: no" in told["left"]["merged"]
+    assert "the merged model: could not be looked at" in said()
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_an_error_unless_the_base_has_it(
+    tmp_path: Path, said: Callable[[], str]
+) -> None:
+    """Published bases are like that; a merge must not make one so."""
+    opened = {"tokenizer": {"tokens": 9, "ids": [], "chat": ""}, "rows": 8, "failed": "left out"}
+    with pytest.raises(errors.ModelError, match="its tokenizer has 9 tokens, and its embedding 8 rows"):
+        judge.judged({"merged": opened}, "float32", None, [], tmp_path)
+
+    judge.judged({"merged": opened, "adapted": opened}, "float32", None, [], tmp_path)
+
+    assert "is like its base, which cannot read all of its tokens" in said()
 
 
 def test_what_takes_too_long_is_left_out_and_said(

@@ -1,5 +1,6 @@
 """What the figures say: is the merged model what was trained, which base is nearer to it, and what has it learned."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,18 @@ def judged(
     prompts: Sequence[Mapping[str, Any]], scratch: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """What is to be told; raises `errors.ModelError` if the merged model is not what it should be."""
+    left: dict[str, str] = {}
     for name, each in found.items():
         if "error" in each and name == "merged":
             raise errors.ModelError(f"the merged model cannot be opened by plain transformers: {each['error']}")
-        if "error" in each or "memory" in each:
-            why = each.get("error") or f"memory: {each['memory']}"
-            log.warn("examine.failed", f"{CALLED[name]}: could not be looked at ({why})")
+        if why := each.get("error") or each.get("failed") or each.get("memory"):
+            left[name] = f"memory: {why}" if "memory" in each else why
+            log.warn("examine.failed", f"{CALLED[name]}: could not be looked at ({left[name]})")
+    _sized(found)
     good = {name: each for name, each in found.items() if "loss" in each}
     told: dict[str, Any] = {
         "dtype": dtype,
+        "left": left,
         "on": held["split"] if held else "some text",
         "loss": {name: each["loss"] for name, each in good.items()},
     }
@@ -53,6 +57,21 @@ def judged(
     return told
 
 
+def _sized(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `errors.ModelError` if the merged model has tokens without rows, and the base with the adapter has none."""
+
+    def lacks(name: str) -> bool:
+        each = found.get(name, {})
+        return "rows" in each and each["tokenizer"]["tokens"] > each["rows"]
+
+    if lacks("merged"):
+        tokens, rows = found["merged"]["tokenizer"]["tokens"], found["merged"]["rows"]
+        told = f"its tokenizer has {tokens} tokens, and its embedding {rows} rows"
+        if not (lacks("adapted") or lacks("trained")):
+            raise errors.ModelError(f"the merged model cannot be used: {told}")
+        log.warn("examine.rows", f"the merged model is like its base, which cannot read all of its tokens: {told}")
+
+
 def _compare(merged: Mapping[str, Any], adapted: Mapping[str, Any], dtype: str, scratch: Path) -> dict[str, Any]:
     """Hold the merged model against the base with the adapter."""
     for what, shown in (("ids", "splits text into other tokens"), ("chat", "writes another chat format")):
@@ -64,6 +83,9 @@ def _compare(merged: Mapping[str, Any], adapted: Mapping[str, Any], dtype: str, 
         _distance(_logits(scratch, name, which), _logits(scratch, "adapted"))
         for name, which in (("merged", "logits"), ("adapted", "before"))
     )
+    if not math.isfinite(effect):
+        log.warn("examine.nan", "the base with the adapter computes NaN or infinity itself: nothing can be compared")
+        return {}
     if not off <= max(_ALLOWED[dtype], effect / 2):  # NaN too
         raise errors.ModelError(
             f"the merged model does not compute what the base with the adapter does: in {dtype} its logits are off by "

@@ -44,8 +44,11 @@ def results(
     opened, or is not what the base with the adapter is.
     """
     wanted, adapted = settings.examine, _with_adapter(models.base, settings.model)
-    had = means.of(models.base, wanted, gpus, 2 + len(adapted)) if wanted.minutes else None
-    told: dict[str, Any] = {}
+    weighed = models.merged or models.base  # which may be packed, and the merged model is not
+    had = means.of(weighed, wanted, gpus, 2 + len(adapted)) if wanted.minutes else None
+    told: dict[str, Any] = {"left": {}}
+    if models.merged and not had:
+        told["left"]["merged"] = "there was not enough memory" if wanted.minutes else "examine.minutes is 0"
     if had and (models.merged or adapted):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -79,8 +82,12 @@ def _looked(
     ]
     plain = [{key: each.get(key) for key in ("ids", "labels", "seen")} for each in examples]
     asking = {"examples": plain, "models": asked}
-    found = {each["name"]: each for each in _answers(asking, scratch, settings.examine.minutes)}
+    found, left = _answers(asking, scratch, settings.examine.minutes)
     told = judge.judged(found, had.dtype, held, prompts, scratch)
+    told["left"] |= left
+    if models.merged and "adapted" not in adapted:
+        told["left"]["adapted"] = "the base comes quantized, and transformers alone cannot load it with an adapter"
+        log.warn("examine.left", f"{CALLED['adapted']}: not looked at: {told['left']['adapted']}")
     if folders["other"]:
         other = "original" if settings.merge.base == "dequantized" else "dequantized"
         told["bases"] = {"merged": settings.merge.base, "other": other}
@@ -155,8 +162,10 @@ def _how(name: str, base: Path, model: config.Model, had: Means) -> dict[str, An
     }  # fmt: skip
 
 
-def _answers(asked: Mapping[str, Any], scratch: Path, minutes: float) -> Iterator[dict[str, Any]]:
-    """What the program tells of each model, as far as it came."""
+def _answers(
+    asked: Mapping[str, Any], scratch: Path, minutes: float
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What the program tells of each model, as far as it came, and why it did not come to the others."""
     question, answer, said = (scratch / name for name in ("asked.json", "told.jsonl", "said.txt"))
     question.write_text(json.dumps(asked), encoding="utf-8")
     command = [sys.executable, "-P", str(_PROGRAM), str(question), str(answer)]
@@ -173,11 +182,12 @@ def _answers(asked: Mapping[str, Any], scratch: Path, minutes: float) -> Iterato
         finally:
             program.kill()
     there = answer.read_text(encoding="utf-8").splitlines() if answer.exists() else []
-    left = [model["name"] for model in asked["models"]]
+    found = {}
     for line in there:
         with contextlib.suppress(ValueError):  # the last one may be torn
             told = json.loads(line)
-            left.remove(told["name"])
-            yield told
+            found[told["name"]] = told
+    left = [model["name"] for model in asked["models"] if model["name"] not in found]
     if left:
         log.warn("examine.left", f"{', '.join(CALLED[name] for name in left)}: not looked at, because {why}")
+    return found, dict.fromkeys(left, why)

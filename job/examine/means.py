@@ -8,6 +8,7 @@ from job.model.shard import Shard
 
 _SHARE = 0.1  # of the time for what is computed; the rest is for starting, and loading
 _ROOM, _SPARE = 1.2, 2 * 10**9  # for each byte of weights, and bytes besides
+_LOGITS = 3 * 2048 * 4  # bytes for each word: logits at all places of the longest example, and what is made of them
 _USABLE = 0.9  # of a GPU's memory
 # Of the slowest machines: numbers that a GPU or a core computes with in a second, and bytes that it reads.
 _FLOPS, _READ = {"cuda": 3e13, "cpu": 2e10}, {"cuda": 1e12, "cpu": 1e10}
@@ -31,11 +32,13 @@ def of(base: Path, wanted: config.Examine, gpus: tuple[str, ...], models: int) -
     None if there is not enough memory, which is said.
     """
     shards = [Shard(path) for path in base.glob("*.safetensors")]
-    numbers = sum(outline.rows * outline.row for shard in shards for outline in shard.tensors.values())
+    outlines = [outline for shard in shards for outline in shard.tensors.values()]
+    numbers = sum(outline.rows * outline.row for outline in outlines)
+    spare = _SPARE + _LOGITS * max(outline.rows for outline in outlines)  # the embedding has most
     free, there = float(cluster.free_memory()), len(gpus) * (cluster.memory(gpus) or 0) * _USABLE
     for device, room in (("cuda", there), ("cpu", free)):
         for dtype, size in (("float32", 4), ("bfloat16", 2)):
-            if numbers * size * _ROOM + _SPARE <= room:
+            if numbers * size * _ROOM + spare <= room:
                 seconds = wanted.minutes * 60 * _SHARE / models
                 cores = cluster.cpus() if device == "cpu" else 1
                 read = seconds * _FLOPS[device] * cores / (2 * numbers)
@@ -44,6 +47,6 @@ def of(base: Path, wanted: config.Examine, gpus: tuple[str, ...], models: int) -
     log.warn(
         "examine.memory",
         f"the result is not opened on this machine: {numbers / 1e9:.1f} billion weights take "
-        f"{log.size(numbers * 2 * _ROOM + _SPARE)} of memory, and {log.size(max(free, there))} are free",
+        f"{log.size(numbers * 2 * _ROOM + spare)} of memory, and {log.size(max(free, there))} are free",
     )
     return None

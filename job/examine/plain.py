@@ -4,6 +4,7 @@ A program of its own that imports nothing of the job. What it is asked is a JSON
 for each model, as soon as it is known. It ends when the process that started it does.
 """
 
+import errno
 import gc
 import json
 import os
@@ -33,15 +34,19 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    examples = asked["examples"] or by_itself(asked["models"][0])
     with Path(sys.argv[2]).open("w", encoding="utf-8") as told:
         for model in asked["models"]:
+            found: dict[str, Any] = {}
+            kind = "error"  # it cannot be opened
             try:
-                found = look(model, examples)
-            except (torch.OutOfMemoryError, MemoryError) as e:
-                found = {"memory": str(e)}
+                found["tokenizer"] = words(model)
+                network = load(model)
+                found["class"], found["rows"] = type(network).__name__, _rows(network)
+                kind = "failed"  # it can, and what is asked of it is too much here
+                found |= look(network, model, asked["examples"] or by_itself(model))
             except Exception as e:  # noqa: BLE001 - whatever a library raises is the answer
-                found = {"error": f"{type(e).__name__}: {e}"}
+                found["memory" if _of_memory(e) else kind] = f"{type(e).__name__}: {e}"
+            network = None
             told.write(json.dumps({"name": model["name"], **found}) + "\n")
             told.flush()
             gc.collect()
@@ -54,13 +59,9 @@ def by_itself(model: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"ids": ids, "labels": ids} for text in SENTENCES if len(ids := tokenizer(text)["input_ids"]) > 1]
 
 
-def look(model: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def look(network: Network, model: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What there is to be known of one model."""
-    found: dict[str, Any] = {"tokenizer": words(model)}
-    network = load(model)
-    found["class"], rows = type(network).__name__, network.get_input_embeddings().weight.shape[0]
-    if (tokens := found["tokenizer"]["tokens"]) > rows:
-        raise ValueError(f"its tokenizer has {tokens} tokens, and its embedding {rows} rows")
+    found: dict[str, Any] = {}
     found["loss"], logits = losses(network, examples, model["positions"])
     found["answers"] = answers(network, model)
     if model["adapter"]:
@@ -129,10 +130,14 @@ def answers(network: Network, model: dict[str, Any]) -> list[str]:
     """The most likely answer to each prompt."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
     made = []
+    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for prompt in model["prompts"]:
+        if not (room := min(model["tokens"], longest - len(prompt["ids"]))) > 0:
+            made.append("")
+            continue
         ids = torch.tensor([prompt["ids"]], device=network.device)
         given = network.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=model["tokens"],
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=room,
             temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.eos_token_id,
             **seen(network, prompt),
         )  # fmt: skip
@@ -148,6 +153,15 @@ def seen(network: Network, example: dict[str, Any]) -> dict[str, torch.Tensor]:
         cut = value[:, : len(example["ids"])] if kind == "token" else value
         made[name] = cut.to(network.device, network.dtype if cut.is_floating_point() else None)
     return made
+
+
+def _rows(network: Network) -> int:
+    return int(network.get_input_embeddings().weight.shape[0])
+
+
+def _of_memory(error: Exception) -> bool:
+    told = isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return told or "can't allocate memory" in str(error)  # of the CPU, for which torch has no kind of its own
 
 
 def _how(model: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,11 @@ def _kept(rows: Sequence[Row], words: "PreTrainedTokenizerBase", placeholder: st
             # An answer is asked for only where all that is to be seen comes before it.
             "asked": 0 if seen and placeholder and placeholder in rest else learned[0],
             "prompt": prompt,
-            "answer": words.decode([ids[place] for place in learned]),
+            "answer": words.decode(ids[learned[0] : _end(labels, learned[0])]),
             **seen,
         }
+
+
+def _end(labels: Sequence[int], start: int) -> int:
+    """Where the answer that begins at `start` ends, in a conversation with several."""
+    return next((place for place in range(start, len(labels)) if labels[place] == IGNORED), len(labels))
