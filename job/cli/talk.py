@@ -74,9 +74,7 @@ def chat(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: ANN40
 @group.command()
 @_speaking
 @click.option("--prompt", metavar="TEXT", help="One question, whose answer is printed.")
-@click.option(
-    "--input", "file", metavar="URL", help="JSON lines with a prompt, messages, an instruction or a text each."
-)
+@click.option("--input", "file", metavar="URL", help="Records with a prompt, messages, an instruction or a text each.")
 @click.option("--out", metavar="URL", help="Where the answers to them go: the same lines with an answer.")
 @click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Prompts that are answered at once."
