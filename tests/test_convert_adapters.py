@@ -148,7 +148,7 @@ def test_an_adapter_of_an_old_layout_is_merged_into_what_its_base_has_become(
     [
         (
             lambda weights: [weights.pop(key) for key in list(weights) if ".h.1." in key],
-            r"on 1 layers of which it holds no weights, the first is transformer\.h\.1\.attn\.c_attn: save or bring",
+            r"trained on transformer\.h\.1\.attn\.c_attn, of which it holds no weights \(1 such\): save or bring",
         ),
         (
             lambda weights: weights.update({key: each[:-2] for key, each in weights.items() if "lora_B" in key}),
@@ -174,6 +174,29 @@ def test_an_adapter_that_does_not_fit_the_old_layout_is_refused(
         lab.translated()
 
     assert not list(tmp_path.glob("cache/models/*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost", "told"),
+    [
+        ("biases", "h.1.attn.c_attn.base_layer.bias", r"transformer\.h\.1\.attn\.c_attn\.bias, of which it holds no"),
+        ("whole embedding", "wte", r"transformer\.wte\.weight, of which it holds no"),
+        ("whole layer", "h.1.attn.c_attn.weight", r"transformer\.h\.1\.attn\.c_attn\.weight, of which it holds no"),
+        ("some tokens", "wte", r"wte, of which it holds no"),
+    ],
+)
+def test_what_was_trained_besides_lora_is_missed_in_an_old_layout_too(
+    kind: str, lost: str, told: str, tmp_path: Path
+) -> None:
+    """Under the names that it has there; renamed, nobody would know that it was wanted."""
+    lab = Lab("qwen", kind, tmp_path)
+    weights = load_file(lab.adapter / "adapter_model.safetensors")
+    kept = {key: each for key, each in weights.items() if lost not in key}
+    assert len(kept) < len(weights)
+    save_file(kept, lab.adapter / "adapter_model.safetensors")
+
+    with pytest.raises(errors.ModelError, match=told):
+        lab.translated()
 
 
 def test_an_adapter_of_the_new_layout_stays_what_it_is(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from conftest import S3, command, files
 from safetensors.torch import load_file, save_file
 
+from job import manifest
 from job.model import shard
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
@@ -121,6 +122,24 @@ def test_a_merge_that_cannot_be_meant_is_refused(
     assert told in outcome.stderr
     assert before <= files(tmp_path)
     assert not [name for name in files(tmp_path) - before if name.endswith((".safetensors", "manifest.json"))]
+
+
+@pytest.mark.slow
+def test_two_starts_of_one_merge_do_not_write_the_same_files(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The second waits for the first, and finds its result."""
+    (base / "LICENSE").write_text("as you like")
+    line = [*command("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "out"),
+            "--set", f"run.cache={tmp_path}/cache", "--set", "examine.minutes=0"]  # fmt: skip
+    both = [subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("merged model:" in each for each in said) == [False, True]
+    sealed = manifest.sealed(tmp_path / "out")
+    assert sealed
+    assert all(manifest.sha256(tmp_path / "out" / name) == file.sha256 for name, file in sealed.files.items())
+    (tmp_path / "out" / manifest.NAME).unlink()  # as a start that was killed leaves it: it goes on, and is no stranger
+    assert subprocess.run(list(map(str, line)), check=False).returncode == 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from job.convert import once
 from job.inputs import Base
 from job.model import files, legacy, saved
 
-_WEIGHT = ".weight"
+_WEIGHT, _BIAS = ".weight", ".bias"
 _NAMED = ("exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping")  # of the old layout, if anything
 _SOURCES = (*Path(__file__).parent.glob("*.py"), *Path(legacy.__file__).parent.glob("*.py"), Path(saved.__file__))
 Weights = Mapping[str, torch.Tensor]
@@ -67,21 +68,34 @@ def _write(source: Path, base: Base, layout: legacy.Layout | None, target: Path)
                 shutil.copyfile(path, target / path.name)
     else:
         log.event("convert.start", f"the adapter in {source.parent} is for {layout.NAMES} as published: renaming it")
-        _check(settings, weights, base)
+        _check(settings, weights, base, layout)
         settings, weights = _settings(settings, weights, layout), _weights(weights, layout)
         (target / saved.SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     alone = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
     save_file(alone, target / saved.FILE, metadata={"format": "pt"})
 
 
-def _check(settings: Mapping[str, Any], weights: Weights, base: Base) -> None:
-    """Raise `errors.ModelError` if layers that the settings mean are not among the `weights`."""
-    layers = {name.removesuffix(_WEIGHT) for name in files.names(base.path) if name.endswith(_WEIGHT)}
-    held = {module.removesuffix(_WEIGHT) for module, _ in map(saved.parsed, weights)}
-    if lacking := sorted(saved.meant(settings, layers) - held):
+def _check(settings: Mapping[str, Any], weights: Weights, base: Base, layout: legacy.Layout) -> None:
+    """Raise `errors.ModelError` if something that the settings mean is not among the `weights`."""
+    held: dict[str, set[str]] = defaultdict(set)
+    for name, part in map(saved.parsed, weights):
+        held[part].add(name)
+    there = {name for name in files.names(base.path) if _called(layout, name)}
+    layers = {name.removesuffix(_WEIGHT) for name in there if name.endswith(_WEIGHT)}
+    lacking = saved.meant(settings, layers) - held["first"] - {name.removesuffix(_WEIGHT) for name in held["whole"]}
+    for kept in settings.get("modules_to_save") or ():
+        lacking |= {name for name in there if f".{name.rpartition('.')[0]}".endswith(f".{kept}")} - held["whole"]
+    if (kind := settings.get("bias")) in ("all", "lora_only"):
+        biases = {name for name in there if name.endswith(_BIAS)}
+        lacking |= {n for n in biases if kind == "all" or n.removesuffix(_BIAS) in held["first"]} - held["whole"]
+    tokens = settings.get("trainable_token_indices")
+    for module in tokens if isinstance(tokens, Mapping) else ():
+        if not any(name.endswith(module) for name in held["tokens"]):
+            lacking.add(module)
+    if lacking:
         raise errors.ModelError(
-            f"the adapter is not whole: by its settings it was trained on {len(lacking)} layers of which it holds no "
-            f"weights, the first is {lacking[0]}: save or bring it again"
+            f"the adapter is not whole: by its settings it was trained on {min(lacking)}, of which it holds no weights "
+            f"({len(lacking)} such): save or bring it again"
         )
 
 

@@ -4,6 +4,7 @@ Each is a thing with an outline and rows, made of another such thing: stored num
 Numbers that are computed with are float32 from the beginning to the end.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -77,7 +78,7 @@ class Added:
         update = self.update
         weight = self.of.rows(first, last).float()
         if self.turned:
-            left, right = update.read(update.first)[:, first:last].T, update.read(update.second).T
+            left, right = _whole(update, update.first)[:, first:last].T, update.read(update.second).T
         else:
             left, right = update.file.rows(update.second, first, last).float(), update.read(update.first)
         made = weight.addmm_(left, right, alpha=update.scale)
@@ -87,6 +88,12 @@ class Added:
         if self.turned:
             return made.mul_(magnitude / torch.linalg.vector_norm(made, dim=0))
         return made.mul_((magnitude[first:last] / torch.linalg.vector_norm(made, dim=1)).unsqueeze(1))
+
+
+@functools.lru_cache(maxsize=2)
+def _whole(update: LowRank, name: str) -> torch.Tensor:
+    """A matrix of which columns are wanted, block by block, that lie all over its place in the file."""
+    return update.read(name)
 
 
 @dataclass(frozen=True)
