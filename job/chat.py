@@ -75,7 +75,7 @@ class Chat:
         stop = threading.Event()
         try:
             with _interrupting(stop):
-                said = self._streamed(stop)
+                self._said.append({"role": "assistant", "content": self._streamed(stop)})
         except BrokenPipeError:
             raise
         except Exception as e:  # noqa: BLE001 - a template, a tokenizer or a GPU that fails once is no reason to leave
@@ -83,7 +83,7 @@ class Chat:
             self._tell(f"(no answer: {type(e).__name__}: {e})")
             return
         self._turn += 1
-        self._said.append({"role": "assistant", "content": said})
+        self._tell(" (stopped)" if stop.is_set() else "")  # Ctrl-C is for the prompt again by now
 
     def _streamed(self, stop: threading.Event) -> str:
         """Say the answer to what was said so far, and return it."""
@@ -96,7 +96,6 @@ class Chat:
             said += part
             self._out.write(part)
             self._out.flush()
-        self._tell(" (stopped)" if stop.is_set() else "")
         return said
 
     def _fitting(self) -> list[int]:
