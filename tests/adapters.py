@@ -32,6 +32,9 @@ KINDS: dict[str, dict[str, Any]] = {
 UNTIED = {"embedding", "embedding, dora", "head", "embedding and head", "whole embedding", "whole head",
           "whole embedding and head"}  # fmt: skip
 
+ONE_SIDED = {"embedding", "embedding, dora", "head"}
+"""A LoRA on one of the two, where PEFT saves nothing of the other."""
+
 
 def base(folder: Path, *, tied: bool, **more: object) -> Path:
     """A tiny Llama with weights large enough to matter, in float32."""
@@ -45,9 +48,12 @@ def base(folder: Path, *, tied: bool, **more: object) -> Path:
     return folder
 
 
-def plain(folder: Path) -> PreTrainedModel:
-    """The model in the folder, as transformers alone loads it."""
+def plain(folder: Path, tokens: int | None = None) -> PreTrainedModel:
+    """The model in the folder, as transformers alone loads it, its vocabulary made one of so many `tokens`."""
     network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    if tokens:
+        network.resize_token_embeddings(tokens)
+    network.config.name_or_path = str(folder)
     return network
 
 

@@ -38,14 +38,16 @@ def models(tiny_model: Path, tmp_path: Path) -> examine.Models:
     return examine.Models(base, tmp_path / "adapter", made, lambda: None)
 
 
-def looked(models: examine.Models, scratch: Path, minutes: float = 5) -> dict[str, object]:
-    """What is seen of the models without examples, the base in full."""
-    model = {"base": models.base.as_uri(), "quantization": "none"}
+def looked(
+    models: examine.Models, scratch: Path, minutes: float = 5, figures: Path | None = None, quantization: str = "none"
+) -> dict[str, object]:
+    """What is seen of the models with the examples in `figures`, if there are any."""
+    model = {"base": models.base.as_uri(), "quantization": quantization}
     order = config.Merging.model_validate(
         {"run": {"name": "m", "url": "file:///out"}, "model": model, "adapter": {"url": models.adapter.as_uri()},
          "examine": {"minutes": minutes}}
     )  # fmt: skip
-    return examine.results(models, order, None, scratch, ())
+    return examine.results(models, order, figures, scratch, ())
 
 
 def test_a_run_tells_what_its_result_is_like(
@@ -104,6 +106,21 @@ def test_the_merged_model_is_held_against_the_base_with_the_adapter(
     assert 0 < float(str(seen["off"])) < 0.02 < float(str(seen["effect"]))
     assert "which differ from the base's by" in said()
     assert not (tmp_path / "scratch").exists()
+
+
+def test_a_merge_to_compare_with_that_has_no_room_is_said(
+    models: examine.Models, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    """In the report and the card, where its loss would be."""
+    (tmp_path / "figures").mkdir()
+    ids = list(range(3, 30))
+    held = {"split": "held-out text", "examples": [{"ids": ids, "labels": ids, "asked": 0}]}
+    (tmp_path / "figures" / "held-out.json").write_text(json.dumps(held))
+
+    seen = looked(models, tmp_path / "scratch", figures=tmp_path / "figures", quantization="nf4")
+
+    assert seen["left"]["other"] == "there is no room for it on the disk"
+    assert "merged otherwise, to compare: not looked at: there is no room for it on the disk" in said()
 
 
 def damaged(models: examine.Models, how: Callable[[Path], object]) -> examine.Models:

@@ -29,9 +29,10 @@ from transformers import (
 )
 
 from job import config, errors, inputs, manifest, merge, paths
+from job.examine import plain
 from job.merge import proof
 from job.merge.shards import Shards
-from job.model import lora, tokenizer, weights
+from job.model import adapted, lora, tokenizer, weights
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 DIGEST = "the base's digest"
@@ -117,19 +118,48 @@ def test_an_adapter_of_any_kind_is_merged_into_what_peft_computes_with_it(
     assert told["tie_word_embeddings"] is (tied and kind not in adapters.UNTIED)
 
 
-def test_more_tokens_than_the_base_has_are_merged_too(tmp_path: Path) -> None:
-    """The embedding and the head have grown, and config.json says so."""
-    base = adapters.base(tmp_path / "base", tied=False)
-    network = adapters.plain(base)
-    network.resize_token_embeddings(43)
-    network.config.name_or_path = str(base)
-    kept = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
-    expected = adapters.logits(adapters.adapter(network, tmp_path / "adapter", **kept))
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize("kind", adapters.KINDS)
+def test_a_vocabulary_of_another_size_is_merged_too(
+    kind: str, tied: bool, tmp_path: Path  # noqa: FBT001 - a parameter
+) -> None:  # fmt: skip
+    """The embedding and the head have grown, config.json says so, and the base with the adapter is opened likewise."""
+    base = adapters.base(tmp_path / "base", tied=tied)
+    how = adapters.KINDS[kind]
+    if "trainable_token_indices" in how:
+        how = {**how, "trainable_token_indices": [3, 40, 41, 42]}
+    expected = adapters.logits(adapters.adapter(adapters.plain(base, tokens=43), tmp_path / "adapter", **how))
 
+    if not tied and kind in adapters.ONE_SIDED:  # PEFT does not save the other, and so nobody has it
+        with pytest.raises(
+            errors.ModelError, match="would have 40 and 43 rows: the vocabulary was changed in training"
+        ):
+            merged(base, tmp_path / "adapter")
+        return
     made = merged(base, tmp_path / "adapter")
 
     torch.testing.assert_close(adapters.logits(adapters.plain(made)), expected, rtol=1e-5, atol=1e-5)
     assert json.loads((made / "config.json").read_text())["vocab_size"] == 43
+    asked = {"path": base, "adapter": tmp_path / "adapter", "quantized": None, "dtype": "float32", "device": "cpu"}
+    with warnings.catch_warnings(action="ignore"):  # of what a merge by PEFT itself could not do
+        alone = plain.load({**asked, "trust_remote_code": False})
+        together = adapted.load(adapters.plain(base), {"one": tmp_path / "adapter"})
+    for opened in (alone, together):
+        torch.testing.assert_close(adapters.logits(opened), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_a_head_that_is_kept_tied_has_the_rank_of_its_embedding(
+    tied: bool, tmp_path: Path  # noqa: FBT001 - a parameter
+) -> None:  # fmt: skip
+    """And the scale of its own, as in PEFT."""
+    base = adapters.base(tmp_path / "base", tied=tied)
+    how = {**adapters.KINDS["embedding and head, tied"], "rank_pattern": {"embed_tokens": 4}}
+    expected = adapters.logits(adapters.adapter(adapters.plain(base), tmp_path / "adapter", **how))
+
+    made = merged(base, tmp_path / "adapter")
+
+    torch.testing.assert_close(adapters.logits(adapters.plain(made)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_that_transformers_makes_others_of_are_merged_and_keep_their_names(tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ def _looked(
     if models.merged and "adapted" not in adapted:
         told["left"]["adapted"] = "the base comes quantized, and transformers alone cannot load it with an adapter"
         log.warn("examine.left", f"{CALLED['adapted']}: not looked at: {told['left']['adapted']}")
+    if models.merged and held and "trained" in adapted and not folders["other"]:
+        told["left"]["other"] = "there is no room for it on the disk"
+        log.warn("examine.left", f"{CALLED['other']}: not looked at: {told['left']['other']}")
     if folders["other"]:
         other = "original" if settings.merge.base == "dequantized" else "dequantized"
         told["bases"] = {"merged": settings.merge.base, "other": other}

@@ -8,6 +8,7 @@ import errno
 import gc
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 IGNORED = -100  # the label of a token without loss
@@ -104,6 +106,7 @@ def load(model: dict[str, Any]) -> Network:
     if model["adapter"]:
         from peft import PeftModel
 
+        _resize(network, model["adapter"])
         network = PeftModel.from_pretrained(network, model["adapter"])
     return network.eval()
 
@@ -153,6 +156,17 @@ def seen(network: Network, example: dict[str, Any]) -> dict[str, torch.Tensor]:
         cut = value[:, : len(example["ids"])] if kind == "token" else value
         made[name] = cut.to(network.device, network.dtype if cut.is_floating_point() else None)
     return made
+
+
+def _resize(network: Network, adapter: str) -> None:
+    """Give the vocabulary as many rows as the adapter's has, if it holds one: PEFT wants that done before."""
+    held = network.get_input_embeddings(), network.get_output_embeddings()
+    called = "|".join(re.escape(name.rpartition(".")[2]) for name, module in network.named_modules() if module in held)
+    ours = re.compile(rf"(.*\.)?({called})(\.base_layer|\.token_adapter|\.modules_to_save)*\.weight")
+    with safe_open(str(Path(adapter, "adapter_model.safetensors")), "pt") as file:
+        rows = {file.get_slice(key).get_shape()[0] for key in file.keys() if ours.fullmatch(key)}  # noqa: SIM118 - no dict
+    if rows and rows != {_rows(network)}:
+        network.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def _rows(network: Network) -> int:

@@ -188,7 +188,11 @@ def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping
                 "outputs: save or bring it again"
             )
     rank = int(saved.of(settings, "rank_pattern", module, settings["r"]))
-    if one.shape[0] != rank:
+    # A head that PEFT keeps tied has the matrices of its embedding, whatever their rank, and the scale of its own.
+    others = (
+        {settings["r"], *(settings.get("rank_pattern") or {}).values()} if settings.get("ensure_weight_tying") else ()
+    )
+    if one.shape[0] not in {rank, *others}:
         raise errors.ModelError(
             f"the adapter's matrices for {module} have rank {one.shape[0]}, and {SETTINGS} says {rank}: they do not "
             "belong together"

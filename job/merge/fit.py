@@ -48,6 +48,7 @@ def untie(adapter: Adapter, network: PreTrainedModel, files: Pieces) -> Mapping[
     """
     apart: dict[str, str | None] = {}
     for one, two in dict(network.all_tied_weights_keys).items():
+        _share(adapter, one, two)
         changes = {one, two} & adapter.changed
         rows = [adapter.tokens.get(name.removesuffix(WEIGHT)) for name in (one, two)]
         if rows[1] and not rows[0] and one.removesuffix(WEIGHT) in adapter.layers:
@@ -114,6 +115,13 @@ def _unkept(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterable[str]
             yield name
     if told and not adapter.tokens:
         yield "trainable_token_indices"
+
+
+def _share(adapter: Adapter, one: str, two: str) -> None:
+    """What PEFT saved of the base below a LoRA on `one` is what is below `two` as well, and the other way round."""
+    for name, other in ((one, two), (two, one)):
+        if saved.WRAPPED in adapter.whole.get(name, "") and other not in adapter.whole:
+            adapter.whole[other] = adapter.whole[name]
 
 
 def _unbiased(adapter: Adapter, there: Iterable[str]) -> Iterable[str]:

@@ -131,8 +131,10 @@ class _Laid:
             return None
         if len(rows) > 1:
             raise errors.ModelError(
-                f"the embedding and the head would have {' and '.join(map(str, sorted(rows)))} rows: "
-                "the adapter is not whole; save it again with both (save_embedding_layers)"
+                f"the embedding and the head would have {' and '.join(map(str, sorted(rows)))} rows: the vocabulary "
+                "was changed in training, and the adapter holds only one of the two (PEFT does not save the other "
+                "where a LoRA is on one of them); train on a base that was saved after resize_token_embeddings, or "
+                "with both in modules_to_save"
             )
         return rows.pop()
 

@@ -18,7 +18,7 @@ from job.merge.adapter import Adapter
 from job.model import weights
 from job.model.saved import FILE
 
-_ROOM = 1.1  # of the disk, for each byte of the base
+_ROOM = 1.1  # bytes of the disk for each of the weights
 
 
 def merged(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Path:
@@ -37,19 +37,17 @@ def other(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Path
 
     It is made to be compared with, and takes as much of the disk once more; None if that is not free either.
     """
-    free, size = (
-        shutil.disk_usage(cache.root).free,
-        sum(path.stat().st_size for path in base.path.glob("*.safetensors")),
-    )
     _, scheme = weights.describe(base.path, config.model)
-    if config.model.quantization == "none" or scheme or free < size * _ROOM:
+    if config.model.quantization == "none" or scheme:
         return None
     turned = "original" if config.merge.base == "dequantized" else "dequantized"
     wanted = config.merge.model_copy(update={"base": turned})
+    laid, parts = _laid(base, Adapter.read(adapter), config.model, wanted, facts(adapter))
     out = cache.work("merged-other")
     shutil.rmtree(out, ignore_errors=True)
+    if shutil.disk_usage(cache.root).free < _ROOM * sum(tensor.outline.size for tensor in laid.tensors):
+        return None
     out.mkdir(parents=True)
-    laid, parts = _laid(base, Adapter.read(adapter), config.model, wanted, facts(adapter))
     shards.write(parts, out, out / "written.shards")
     sides.write(base.path, adapter, out, laid, getattr(torch, wanted.dtype))
     return out

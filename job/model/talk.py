@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft import PeftModel
 from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -19,7 +18,7 @@ from transformers import (
 
 from job import config, errors
 from job.config import Sampling
-from job.model import tokenizer, weights
+from job.model import adapted, tokenizer, weights
 
 Message: TypeAlias = Mapping[str, str]
 Network: TypeAlias = Any  # each family has a class of its own
@@ -92,14 +91,8 @@ class Speaker:
     def _network(self) -> Network:
         """Loaded when it is needed: what can be said without it, is said before."""
         network: Network = weights.for_answering(self._base, self._settings)
-        for name, folder in self._folders.items():
-            try:
-                if isinstance(network, PeftModel):
-                    network.load_adapter(str(folder), adapter_name=name)
-                else:
-                    network = PeftModel.from_pretrained(network, str(folder), adapter_name=name)
-            except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
-                raise errors.ModelError(f"the adapter {name} in {folder} cannot be loaded on this base: {e}") from e
+        if self._folders:
+            network = adapted.load(network, self._folders)
         return network.eval()
 
     def load(self) -> None:
