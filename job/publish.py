@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +13,6 @@ from job.config import Config
 from job.preemption import Notice
 from job.storage import Store
 
-_MERGED = re.compile(
-    rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|[^/]*\.(json|txt|model|jinja|py|md|tiktoken)|{paths.TERMS}",
-    re.IGNORECASE,
-)
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "boto3")
 
 
@@ -32,21 +27,70 @@ def directory(store: Store, local: Path, place: str, confirm: Callable[[], None]
     )
 
 
-def holds(store: Store, made_of: str) -> bool:
-    """Whether the whole store is a merged model that was made of that; False if there is room for it.
+@contextlib.contextmanager
+def claimed(store: Store, claim: Mapping[str, str]) -> Iterator[Callable[[], None] | None]:
+    """Make the whole store the place of one merged model, and give what confirms that it still is; None if it is there.
 
-    Raises `errors.ConfigError` if there is anything else: to publish replaces everything in its place.
+    To publish replaces everything in a place, so only an empty one is taken, or one that this merge took before: its
+    `claim` stands in ``training.json`` from the beginning, and says in ``made_of`` what of. It is given back if nothing
+    can come of it. Raises `errors.ConfigError` if the place is somebody else's.
     """
-    told = _made(store, "")
-    if told and told.get("made_of") == made_of:
-        return True
-    there = [entry.key for entry in store.list("") if not entry.key.startswith(paths.PROBE)]
-    strange = [key for key in there if not _MERGED.fullmatch(key)]
-    if told or strange or manifest.NAME in there:
-        raise errors.ConfigError(
-            f"--out: {store.url} holds something else already, such as {(strange or there)[0]}: give a place of its own"
-        )
+    if _is_there(store, claim["made_of"]):
+        yield None
+        return
+    with contextlib.suppress(errors.ConflictError):  # whose it is now is looked at below
+        if not _claim(store):
+            store.create(paths.TRAINING, json.dumps(claim).encode())
+
+    def confirm() -> None:
+        if _claim(store).get("made_of") != claim["made_of"]:
+            raise errors.ConfigError(f"--out: {store.url} {_taken(store)}: give a place of its own")
+
+    confirm()
+    try:
+        yield confirm
+    except errors.PermanentError:
+        if [entry.key for entry in _held(store)] == [paths.TRAINING] and _claim(store) == claim:
+            store.delete(paths.TRAINING)
+        raise
+
+
+def _is_there(store: Store, made_of: str) -> bool:
+    """Whether the model is in the store; raises `errors.ConfigError` if something else is."""
+    claim, held = _claim(store), _held(store)
+    if claim.get("made_of") == made_of:
+        if storage.sealed(store, ""):
+            return True
+        if store.read(manifest.NAME):
+            log.warn("publish.changed", f"{store.url} is not whole any more: making it again")
+    elif held:
+        raise errors.ConfigError(f"--out: {store.url} {_taken(store)}: give a place of its own")
     return False
+
+
+def _taken(store: Store) -> str:
+    """What is there instead."""
+    claim = _claim(store)
+    if "made_of" not in claim:
+        other = next((entry.key for entry in _held(store) if entry.key != paths.TRAINING), paths.TRAINING)
+        return f"holds something else already, such as {other}"
+    what = f"the merge of {claim.get('adapter_url', 'another adapter')} into {claim.get('base', 'another base')}"
+    if storage.sealed(store, ""):
+        return f"holds something else already, {what}"
+    return f"is taken by {what}, which has not ended (remove it if it never will)"
+
+
+def _claim(store: Store) -> dict[str, Any]:
+    """What is told of the model for which the store is taken, or that it holds; nothing if that cannot be read."""
+    there = store.read(paths.TRAINING)
+    with contextlib.suppress(ValueError):
+        if there and isinstance(claim := json.loads(there.data), dict):
+            return claim
+    return {}
+
+
+def _held(store: Store) -> list[storage.Entry]:
+    return [entry for entry in store.list("") if not entry.key.startswith(paths.PROBE)]
 
 
 def done(

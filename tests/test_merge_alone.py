@@ -92,6 +92,18 @@ def test_the_adapter_of_a_run_is_merged_in_another_way(tiny_run: Callable[..., P
             "holds something else already, such as thesis.tex: give a place of its own",
         ),
         (
+            lambda given: shutil.copytree(given["--base"], given["--out"]),
+            "holds something else already, such as config.json: give a place of its own",
+        ),
+        (
+            lambda given: given.update({"--out": f"file://{given['--base']}/../{Path(given['--base']).name}"}),
+            "lie in each other: give another --out",
+        ),
+        (
+            lambda given: Path(given["--out"]).symlink_to(given["--base"]),
+            "lie in each other: give another --out",
+        ),
+        (
             lambda given: (Path(given["--adapter"]) / "training.json").write_text("{}"),
             "is of a run that has not published it whole: start the run again first",
         ),
@@ -104,6 +116,9 @@ def test_the_adapter_of_a_run_is_merged_in_another_way(tiny_run: Callable[..., P
         "wrong key",
         "no such section",
         "occupied",
+        "another model",
+        "the base by another name",
+        "the base by a link",
         "torn",
     ],
 )
@@ -114,14 +129,14 @@ def test_a_merge_that_cannot_be_meant_is_refused(
     given = {"--base": str(base), "--adapter": str(adapter), "--out": str(tmp_path / "out"),
              "--set": f"run.cache={tmp_path}/cache"}  # fmt: skip
     change(given)
-    before = files(tmp_path) - {"adapter/training.json"}
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
 
     outcome = job("merge", *(part for pair in given.items() for part in pair))
 
     assert (outcome.returncode, outcome.stderr.count("error: ")) == (64, 1), outcome.stderr
     assert told in outcome.stderr
-    assert before <= files(tmp_path)
-    assert not [name for name in files(tmp_path) - before if name.endswith((".safetensors", "manifest.json"))]
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    assert not [name for name in files(tmp_path) - before.keys() if name.endswith((".safetensors", "manifest.json"))]
 
 
 @pytest.mark.slow

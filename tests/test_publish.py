@@ -1,6 +1,8 @@
 """When a run is done, and the page that says so."""
 
+import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,3 +202,106 @@ def test_the_report_says_what_was_made_of_what(settings: config.Config, tmp_path
     assert "60.0% of the time of 2 attempt(s) went into training steps that count; 3 step(s) were done twice" in page
     assert "| lost | 20 | 20.0% |" in page
     assert '"learning_rate": 0.01' in page
+
+
+CLAIM = {"made_of": "1", "base": "s3://bucket/base", "adapter_url": "s3://bucket/adapter"}
+
+
+def published(store: storage.Store, folder: Path, claim: dict[str, str] = CLAIM) -> bool:
+    """Whether a merged model had to be published in the place that the claim gets."""
+    with publish.claimed(store, claim) as confirm:
+        if confirm:
+            folder.mkdir(exist_ok=True)
+            (folder / "model.safetensors").write_bytes(b"weights" + claim["made_of"].encode())
+            (folder / "training.json").write_text(json.dumps(claim))
+            manifest.seal(folder)
+            publish.directory(store, folder, "", confirm)
+        return confirm is not None
+
+
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_a_place_of_its_own_is_filled_once_and_again_when_it_is_damaged(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Whatever ended the start before: the claim was all that it left, or half of the model, or all of it."""
+    url = f"s3://{request.getfixturevalue('bucket')}/out" if kind == "s3" else (tmp_path / "out").as_uri()
+    store = storage.connect(url)
+
+    with contextlib.suppress(KeyboardInterrupt), publish.claimed(store, CLAIM):
+        raise KeyboardInterrupt
+    assert [entry.key for entry in store.list("")] == ["training.json"]
+    assert published(store, tmp_path / "made")
+    assert not published(store, tmp_path / "made")
+    store.delete("model.safetensors")
+    assert published(store, tmp_path / "made")
+    store.delete("manifest.json")
+    assert published(store, tmp_path / "made")
+
+    assert {entry.key for entry in store.list("")} == {"manifest.json", "model.safetensors", "training.json"}
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ({"notes.json": b"{}"}, "holds something else already, such as notes.json: give a place of its own"),
+        ({"model.safetensors": b"x", "training.json": b"{}"}, "holds something else already, such as model"),
+        ({"training.json": b"loss: 1"}, "holds something else already, such as training.json"),
+        (
+            {"training.json": json.dumps({**CLAIM, "made_of": "2"}).encode()},
+            "is taken by the merge of s3://bucket/adapter into s3://bucket/base, which has not ended",
+        ),
+    ],
+    ids=["one file", "a model", "another training.json", "another merge"],
+)  # fmt: skip
+def test_a_place_that_is_not_empty_is_left_as_it_is(there: dict[str, bytes], told: str, tmp_path: Path) -> None:
+    """Nothing of it looks like a leftover to anybody but who left it."""
+    store = storage.connect((tmp_path / "out").as_uri())
+    for name, data in there.items():
+        store.put(name, data)
+
+    with pytest.raises(errors.ConfigError, match=re.escape(told)):
+        published(store, tmp_path / "made")
+
+    assert {entry.key: (tmp_path / "out" / entry.key).read_bytes() for entry in store.list("")} == there
+
+
+def test_a_merged_model_keeps_its_place_from_other_merges(tmp_path: Path) -> None:
+    """They are told what is there."""
+    store = storage.connect((tmp_path / "out").as_uri())
+    assert published(store, tmp_path / "made")
+
+    with pytest.raises(errors.ConfigError, match="holds something else already, the merge of s3://bucket/adapter into"):
+        published(store, tmp_path / "other", {**CLAIM, "made_of": "2"})
+
+    assert not published(store, tmp_path / "made")
+
+
+@pytest.mark.parametrize(("error", "left"), [(errors.ModelError, []), (errors.StoreError, ["training.json"])])
+def test_a_claim_of_which_nothing_can_come_is_given_back(
+    error: type[Exception], left: list[str], tmp_path: Path
+) -> None:
+    """So that the next try, with another adapter, finds the place empty; what may pass, keeps it."""
+    store = storage.connect((tmp_path / "out").as_uri())
+
+    with pytest.raises(error), publish.claimed(store, CLAIM):
+        raise error("no")
+
+    assert [entry.key for entry in store.list("")] == left
+
+
+def test_a_model_is_not_sealed_in_a_place_that_was_taken_meanwhile(tmp_path: Path) -> None:
+    """By somebody who removed the claim: theirs is untouched."""
+    store = storage.connect((tmp_path / "out").as_uri())
+    theirs = {**CLAIM, "made_of": "2"}
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.safetensors").write_bytes(b"weights")
+    manifest.seal(tmp_path / "made")
+
+    with publish.claimed(store, CLAIM) as confirm:
+        assert confirm
+        store.put("training.json", json.dumps(theirs).encode())
+        with pytest.raises(errors.ConfigError, match="is taken by the merge of"):
+            publish.directory(store, tmp_path / "made", "", confirm)
+
+    assert [entry.key for entry in store.list("")] == ["training.json"]
+    assert json.loads((tmp_path / "out" / "training.json").read_text()) == theirs

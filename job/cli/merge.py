@@ -49,18 +49,20 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
     store, disk = storage.connect(order.run.url), cache(order, environ)
     disk.make()
     after.enter_context(storage.alone(disk.work("")))  # two starts of one merge would write the same files
-    made_of = f"{pull.both(order, disk, after)} {order.model.model_dump_json()} {order.merge.model_dump_json()}"
-    storage.checked(store, paths.PROBE, required=order.run.conditional_writes == "required")
-    if not publish.holds(store, made_of):
-        given = pull.adapter(order.adapter.url, disk)
-        merge.readable(given)  # before gigabytes move
-        original = pull.base(order.model.base, disk)
-        base = convert.native(original, disk, after)
-        adapter = adapters.translated(given, original, disk, after)
-        merged = merge.folder(base, adapter, order.model, order.merge, disk.work("merged"), made_of)
-        models = examine.Models(base.path, adapter, merged, lambda: None)
-        seen = examine.results(models, order, None, disk.work("seen"), cluster.gpus(environ))
-        merge.tell(merged, card.alone(order, base.path, merge.facts(merged), seen))
-        publish.directory(store, merged, "", lambda: None)
+    what = f"{pull.both(order, disk, after)} {order.model.model_dump_json()} {order.merge.model_dump_json()}"
+    claim = {"made_of": paths.digest(what), "base": order.model.base, "adapter_url": order.adapter.url}
+    store = storage.checked(store, paths.PROBE, required=order.run.conditional_writes == "required")
+    with publish.claimed(store, claim) as confirm:
+        if confirm:  # it is not there yet
+            given = pull.adapter(order.adapter.url, disk)
+            merge.readable(given)  # before gigabytes move
+            original = pull.base(order.model.base, disk)
+            base = convert.native(original, disk, after)
+            adapter = adapters.translated(given, original, disk, after)
+            merged = merge.folder(base, adapter, order.model, order.merge, disk.work("merged"), claim)
+            models = examine.Models(base.path, adapter, merged, lambda: None)
+            seen = examine.results(models, order, None, disk.work("seen"), cluster.gpus(environ))
+            merge.tell(merged, card.alone(order, base.path, merge.facts(merged), seen))
+            publish.directory(store, merged, "", confirm)
     shutil.rmtree(disk.work(""), ignore_errors=True)
     log.event("merge.end", f"done: the merged model is in {store.url}", status=errors.DONE)

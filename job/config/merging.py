@@ -6,6 +6,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from job import errors
+from job.config import urls
 from job.config.read import Places, made, overridden
 from job.config.schema import Config, Model, Readable, Run, dequantizable
 from job.config.section import Section
@@ -63,6 +64,6 @@ def merging(run: Config | None, given: dict[str, str | None], overrides: Iterabl
     places = Places("the command line", {})
     order = made(overridden(tree, overrides, places), places, Merging)
     for name, url in (("--base", order.model.base), ("--adapter", order.adapter.url)):
-        if f"{url}/".startswith(f"{order.run.url}/") or f"{order.run.url}/".startswith(f"{url}/"):
+        if urls.within(url, order.run.url) or urls.within(order.run.url, url):
             raise errors.ConfigError(f"{name} {url} and --out {order.run.url} lie in each other: give another --out")
     return order

@@ -108,7 +108,7 @@ class Config(Section):
             ("model.base", self.model.base),
             *(("data", source.url) for source in (*self.data.sources("train"), *self.data.sources("eval"))),
         ]:
-            if f"{url.rstrip('/')}/".startswith(f"{self.run.url}/"):
+            if urls.within(url, self.run.url):
                 raise ValueError(
                     f"{key} {url} lies inside run.url {self.run.url}, where the run writes: give the run a "
                     "place of its own"

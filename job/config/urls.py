@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from job import errors
 
@@ -21,6 +22,18 @@ def sound(url: str) -> str:
     if scheme == "s3" and not _BUCKET.match(rest.split("/")[0]):
         raise ValueError(f"{rest.split('/')[0]!r} is no bucket name (3 to 63 of a-z, 0-9, dots and dashes)")
     return url
+
+
+def within(url: str, place: str) -> bool:
+    """Whether `url` is `place` or lies in it; of folders, wherever their links lead and however they are spelled."""
+    one, other = map(_found, (url, place))
+    return f"{one}/".startswith(f"{other}/")
+
+
+def _found(url: str) -> str:
+    return (
+        Path(unquote(url.removeprefix("file://"))).resolve().as_posix() if url.startswith("file:") else url.rstrip("/")
+    )
 
 
 def is_commit(revision: str) -> bool:

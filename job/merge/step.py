@@ -54,11 +54,16 @@ def other(config: Config, base: Base, adapter: Path, cache: paths.Cache) -> Path
 
 
 def folder(
-    base: Base, adapter: Path, model: configs.Model, wanted: configs.Merge, place: Path, made_of: str | None = None
+    base: Base,
+    adapter: Path,
+    model: configs.Model,
+    wanted: configs.Merge,
+    place: Path,
+    claim: Mapping[str, str] | None = None,
 ) -> Path:
     """Merge `adapter` into `base` and return the folder of the sealed result, whose name begins with `place`.
 
-    If a name is given for what it is `made_of`, the result holds it.
+    What a `claim` tells of it to whom the result's place in the store is promised, the result holds too.
 
     The sum is taken in float32 and rounded once to ``merge.dtype``; of the weights no more is in memory than some
     rows. A merge that was killed goes on with the shards that are whole. Raises `errors.ModelError` when the adapter
@@ -85,7 +90,7 @@ def folder(
         **made,
         "adapter": given.digest,
         "adapter_weights": given.files[FILE].sha256,
-        **({"made_of": made_of} if made_of else {}),
+        **(claim or {}),
         "merge": {"base": wanted.base, "dtype": wanted.dtype, "checked": str(checked)},
     }
     (partial / paths.TRAINING).write_text(json.dumps(told, indent=1), encoding="utf-8")
