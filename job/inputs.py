@@ -16,7 +16,7 @@ AFTER_A_LOSS = 15.0  # seconds that the processes of a team have when one is los
 
 @dataclass(frozen=True)
 class Base:
-    """A base model; `digest` says exactly which, wherever it came from."""
+    """A base model; `digest` says exactly which, wherever it came from and whatever is written about it there."""
 
     url: str
     path: Path

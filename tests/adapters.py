@@ -27,6 +27,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "whole embedding, tied": {
         "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True,
     },
+    "norms by their ends": {"target_modules": ["q_proj"], "modules_to_save": ["layernorm"]},
+    "tokens by the end": {"target_modules": ["q_proj"], "trainable_token_indices": {"tokens": [39, 3]}},
+    "tokens of both": {
+        "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 39], "lm_head": [3, 39]},
+    },
     "some tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 39]},
 }  # fmt: skip
 UNTIED = {"embedding", "embedding, dora", "head", "embedding and head", "whole embedding", "whole head",

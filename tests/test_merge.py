@@ -126,8 +126,9 @@ def test_a_vocabulary_of_another_size_is_merged_too(
     """The embedding and the head have grown, config.json says so, and the base with the adapter is opened likewise."""
     base = adapters.base(tmp_path / "base", tied=tied)
     how = adapters.KINDS[kind]
-    if "trainable_token_indices" in how:
-        how = {**how, "trainable_token_indices": [3, 40, 41, 42]}
+    if told := how.get("trainable_token_indices"):
+        new = [3, 40, 41, 42]
+        how = {**how, "trainable_token_indices": dict.fromkeys(told, new) if isinstance(told, dict) else new}
     expected = adapters.logits(adapters.adapter(adapters.plain(base, tokens=43), tmp_path / "adapter", **how))
 
     if not tied and kind in adapters.ONE_SIDED:  # PEFT does not save the other, and so nobody has it
@@ -146,6 +147,45 @@ def test_a_vocabulary_of_another_size_is_merged_too(
         together = adapted.load(adapters.plain(base), {"one": tmp_path / "adapter"})
     for opened in (alone, together):
         torch.testing.assert_close(adapters.logits(opened), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "some tokens"])
+def test_an_adapter_that_changes_a_few_rows_of_many_is_merged(kind: str, tmp_path: Path) -> None:
+    """Tokens that training never saw stay as they were, and most rows are of such."""
+    base = adapters.base(tmp_path / "base", tied=False, vocab_size=3000)
+    seen = 1234
+    how: dict[str, object] = {"target_modules": ["embed_tokens"]}
+    if kind == "some tokens":
+        how = {"target_modules": ["q_proj"], "trainable_token_indices": list(range(seen - 50, seen + 1))}
+    adapters.adapter(adapters.plain(base), tmp_path / "adapter", **how)
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+
+    def few(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, value in held.items():
+            if "lora_embedding_A" in name:
+                value[:, torch.arange(3000) != seen] = 0
+            elif "lora_B" in name:
+                value.zero_()
+            elif "tokens_delta" in name:
+                value[:-1] = before[seen - 50 : seen]
+        return held
+
+    change(tmp_path / "adapter", few)
+
+    made = load_file(merged(base, tmp_path / "adapter") / "model.safetensors")["model.embed_tokens.weight"]
+
+    assert (made != before).any(1).nonzero().view(-1).tolist() == [seen]
+
+
+def test_an_adapter_in_eight_bits_is_merged_as_peft_reads_it(tiny_model: Path, adapter: Path) -> None:
+    """In float32, of the numbers that are there."""
+    change(adapter, lambda w: {name: value.to(torch.float8_e4m3fn) for name, value in w.items()})
+    network = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = adapters.logits(PeftModel.from_pretrained(network, str(adapter)))
+
+    made = merged(tiny_model, adapter)
+
+    torch.testing.assert_close(adapters.logits(adapters.plain(made)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
@@ -351,8 +391,33 @@ def only(part: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[.
             ),
         ),
         (lambda _: {}, "the adapter holds no weights at all"),
+        (
+            lambda w: {k.replace("mlp.", "mlp.experts.3."): v for k, v in w.items()},
+            "transformers holds all experts of a layer in one tensor now: merge it with PEFT",
+        ),
+        (
+            lambda w: {k.replace("base_model.model.", "base_model.model.module."): v for k, v in w.items()},
+            "they are called as in a network that trains: save it with PEFT's save_pretrained",
+        ),
+        (
+            lambda w: {**w, "base_model.model.score.weight": torch.ones(2, 64)},
+            "1 have none, such as score: they are a head for another task",
+        ),
     ],
-    ids=["partial", "renamed", "another", "half", "shape", "rank", "zero", "infinite", "empty"],
+    ids=[
+        "partial",
+        "renamed",
+        "another",
+        "half",
+        "shape",
+        "rank",
+        "zero",
+        "infinite",
+        "empty",
+        "experts",
+        "raw",
+        "head",
+    ],
 )
 def test_an_adapter_that_does_not_do_its_work_is_an_error(
     how: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], told: str, tiny_model: Path, adapter: Path
@@ -388,6 +453,17 @@ def test_an_adapter_that_does_not_do_its_work_is_an_error(
         ({"lora_bias": True}, "model.layers.0.mlp.down_proj lacks lora_B.bias: save or bring it again"),
         ({"trainable_token_indices": [1]}, "it was trained on trainable_token_indices, of which it holds no weights"),
         ({"r": None}, "does not say r and lora_alpha: it is not what PEFT writes"),
+        (
+            {"rank_pattern": [1]},
+            "rank_pattern: Input should be a valid dictionary, not [1]: it is not what PEFT writes",
+        ),
+        (
+            {"target_modules": "((("},
+            "target_modules: '(((' is no regular expression (missing ), unterminated subpattern",
+        ),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: Input should be a valid list, not 'lm_head'"),
+        ({"layers_to_transform": "x"}, "layers_to_transform: Input should be a valid integer, not 'x'"),
+        ({"init_lora_weights": "loftq"}, "changed the base as well: merge it with PEFT into the base that this left"),
     ],
 )
 def test_settings_that_the_merge_would_not_honour_are_an_error(

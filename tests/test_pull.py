@@ -42,6 +42,8 @@ def cache(tmp_path: Path) -> paths.Cache:
         (lambda b: (b / "config.json").write_text("{}}"), "config.json cannot be read"),
         (lambda b: (b / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}'),
          "is quantized by gptq with None bits, where 2, 4, 8 can be read: use the original weights"),
+        (lambda b: (b / "config.json").write_text('{"is_encoder_decoder": true, "architectures": ["T5Model"]}'),
+         "is an encoder with a decoder (T5Model): the job trains and merges language models"),
         (shutil.rmtree, "holds no files"),
     ],
 )  # fmt: skip
@@ -160,6 +162,26 @@ def test_the_digest_of_a_base_does_not_depend_on_where_it_lies(
     assert got.digest == pull.base(settings.model.base, cache).digest
     assert got.path.is_relative_to(cache.root)
     assert files(got.path) == {*files(base), "manifest.json"}
+
+
+def test_a_base_is_the_same_with_other_words_about_it(settings: config.Config, base: Path, cache: paths.Cache) -> None:
+    """A copy has no README, or a picture more; what computes otherwise is another base."""
+    digest = pull.base(settings.model.base, cache).digest
+    for name in ("README.md", ".gitattributes", "LICENSE", "plot.png"):
+        (base / name).write_text("about it")
+    assert pull.base(settings.model.base, cache).digest == digest
+
+    (base / "generation_config.json").write_text("{}")
+
+    assert pull.base(settings.model.base, cache).digest != digest
+
+
+def test_a_manifest_of_somebody_else_says_nothing_of_an_adapter(cache: paths.Cache, tmp_path: Path) -> None:
+    """Only that of a run does, which has told beside it how it was trained."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "manifest.json"):
+        (tmp_path / name).write_text("{}")
+
+    assert pull.adapter(tmp_path.as_uri(), cache) == tmp_path
 
 
 def test_a_changed_base_is_pulled_anew(

@@ -3,9 +3,8 @@
 Everything that is not understood is an error: what a merge leaves out, nobody would notice.
 """
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,25 +12,16 @@ from typing import Any, Self
 import torch
 
 from job import errors
+from job.merge.settings import read as settings_in
+from job.merge.settings import some
 from job.model import saved
 from job.model.saved import FILE, SETTINGS
 from job.model.shard import Shard
 
 WEIGHT, BIAS = ".weight", ".bias"  # how names of parameters end
 _BLOCK = 1 << 22  # numbers looked at in one go
-_SHOWN = 4  # names in one line
 
-# What PEFT 0.21 writes into its settings and the merge knows, or that changes nothing in what was trained.
-_KNOWN = {
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-    "trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "runtime_config",
-}  # fmt: skip
 _ASKED = {"magnitude": "use_dora", "bias": "lora_bias"}  # parts of a layer, and the settings that ask for them
-_PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")  # ways to begin that leave the base as it is
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ class Adapter:
         Raises `errors.ModelError` if it is none that can be merged, is not whole, holds NaN or infinity, or changes
         nothing.
         """
-        made = cls(Shard(_there(folder / FILE)), _settings(folder / SETTINGS))
+        made = cls(Shard(_there(folder / FILE)), settings_in(_there(folder / SETTINGS)))
         parts: dict[str, dict[str, str]] = {}
         for key in made.file.tensors:
             module, kind = saved.parsed(key)
@@ -153,12 +143,7 @@ class Adapter:
         outline = self.file.tensors[key]
         step = max(1, _BLOCK // max(1, outline.row))
         for first in range(0, outline.rows, step):
-            yield self.file.rows(key, first, min(outline.rows, first + step))
-
-
-def some(names: Sequence[str]) -> str:
-    """A few of them, for one line."""
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            yield self.file.rows(key, first, min(outline.rows, first + step)).float()  # of 8 bits torch tells nothing
 
 
 def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping[str, str]) -> LowRank:
@@ -206,41 +191,17 @@ def _layer(file: Shard, settings: Mapping[str, Any], module: str, named: Mapping
 def _indices(settings: Mapping[str, Any], module: str, rows: int) -> list[int]:
     told = settings.get("trainable_token_indices")
     if isinstance(told, Mapping):
-        told = next((each for name, each in told.items() if module == name or module.endswith(f".{name}")), None)
-    if not isinstance(told, list):
+        only = next(iter(told.values())) if len(told) == 1 else None  # PEFT saves those of a tied head too
+        told = next((each for name, each in told.items() if module.endswith(name)), only)
+    if told is None:
         raise errors.ModelError(f"the adapter holds rows of {module}, and {SETTINGS} does not say which: save it again")
-    made = [int(each) for each in told]
+    made = list(told)
     if len(made) != rows or len(set(made)) != rows or min(made) < 0:
         raise errors.ModelError(
             f"the adapter holds {rows} rows of {module}, and {SETTINGS} names {len(set(made))} tokens for them"
             f"{', a negative one among them' if min(made, default=0) < 0 else ''}: they do not belong together"
         )
     return made
-
-
-def _settings(path: Path) -> Mapping[str, Any]:
-    try:
-        told = dict(json.loads(_there(path).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
-        raise errors.ModelError(f"{path} cannot be read ({e}): bring the adapter again") from e
-    kind = told.get("peft_type")
-    if kind != "LORA":
-        raise errors.ModelError(f"the adapter is of the kind {kind}, where LORA can be merged: merge it with PEFT")
-    begun = told.get("init_lora_weights")
-    if (begun.lower() if isinstance(begun, str) else begun) not in _PLAIN:
-        raise errors.ModelError(
-            f"the adapter began with init_lora_weights {told['init_lora_weights']}, which changed the base as well: "
-            "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain adapter of it"
-        )
-    strange = sorted(key for key, value in told.items() if value and key not in _KNOWN)
-    if strange:
-        raise errors.ModelError(
-            f"the adapter was made with {some(strange)} ({SETTINGS}), which cannot be merged here: merge it with PEFT, "
-            "if it can be at all"
-        )
-    if not isinstance(told.get("r"), int) or not isinstance(told.get("lora_alpha"), int | float):
-        raise errors.ModelError(f"{path} does not say r and lora_alpha: it is not what PEFT writes")
-    return told
 
 
 def _there(path: Path) -> Path:

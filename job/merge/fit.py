@@ -8,10 +8,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from job import errors
-from job.merge.adapter import BIAS, WEIGHT, Adapter, LowRank, some
+from job.merge.adapter import BIAS, WEIGHT, Adapter, LowRank
+from job.merge.settings import some
 from job.model import saved
 from job.model.pieces import Pieces
 
+_HEADS = ("score", "classifier", "classification_head")
 _LAYERS = (nn.Linear, nn.Embedding, Conv1D)
 
 
@@ -28,12 +30,17 @@ def check(adapter: Adapter, network: PreTrainedModel, files: Pieces) -> None:
         raise errors.ModelError(
             f"the adapter does not fit the base: {'none' if len(lost) == len(adapter.changed) else 'not all'} of its "
             f"weights have a counterpart there; {len(lost)} have none, such as "
-            f"{some([name.removesuffix(WEIGHT) for name in lost])}: it was trained on another base"
+            f"{some([name.removesuffix(WEIGHT) for name in lost])}: {_why(lost)}"
         )
     modules = dict(network.named_modules())
     for name, update in adapter.layers.items():
         _fits(name, modules[name], update, enlarged=name + WEIGHT in adapter.whole)
-    if lacking := [*_untouched(adapter, modules), *_unkept(adapter, modules), *_unbiased(adapter, there)]:
+    tied = {
+        one.removesuffix(WEIGHT): other.removesuffix(WEIGHT)
+        for pair in network.all_tied_weights_keys.items()
+        for one, other in (pair, pair[::-1])
+    }
+    if lacking := [*_untouched(adapter, modules), *_unkept(adapter, modules, tied), *_unbiased(adapter, there)]:
         raise errors.ModelError(
             f"the adapter is not whole: by its settings it was trained on {some(lacking)}, of which it holds no "
             f"weights ({len(lacking)} such): save or bring it again"
@@ -74,6 +81,19 @@ def _aliases(network: PreTrainedModel, files: Pieces) -> dict[str, str]:
     return {called: name for called, name in named.items() if called != name and called not in there}
 
 
+def _why(lost: Iterable[str]) -> str:
+    """Why weights may have no counterpart."""
+    if any(".experts." in name for name in lost):
+        return (
+            "transformers holds all experts of a layer in one tensor now: merge it with PEFT, which makes such of these"
+        )
+    if any(name.startswith(("module.", "_orig_mod.")) or ".default." in name for name in lost):
+        return "they are called as in a network that trains: save it with PEFT's save_pretrained"
+    if all(name.rpartition(".")[0].endswith(_HEADS) for name in lost):
+        return "they are a head for another task, which a language model has no place for: merge it with PEFT"
+    return "it was trained on another base"
+
+
 def _fits(name: str, module: nn.Module, update: LowRank, *, enlarged: bool) -> None:
     if isinstance(module, nn.Linear) and not update.embedding:
         wanted = (module.in_features, module.out_features)
@@ -99,19 +119,21 @@ def _untouched(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
     return sorted(meant - adapter.layers.keys() - {name.removesuffix(WEIGHT) for name in adapter.whole})
 
 
-def _unkept(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterable[str]:
+def _unkept(adapter: Adapter, modules: Mapping[str, nn.Module], tied: Mapping[str, str]) -> Iterable[str]:
     """Parameters that were trained whole, and embeddings of which rows were, by the settings, and that lack."""
+    called = {saved.parsed(key)[0].rpartition(".")[0] for key in adapter.file.tensors}  # as another transformers does
     for name in adapter.settings.get("modules_to_save") or []:
-        meant = [each for each in modules if each == name or each.endswith(f".{name}")]
+        meant = [each for each in modules if each.endswith(name)]  # PEFT compares just the ends
         for module in meant:
             for leaf, _ in modules[module].named_parameters():
                 if f"{module}.{leaf}" not in adapter.whole:
                     yield f"{module}.{leaf}"
-        if not meant:
+        if not meant and not any(each.endswith(name) for each in called):
             yield name
     told = adapter.settings.get("trainable_token_indices")
+    held = [{name, tied.get(name, name)} for name in adapter.tokens]  # of two that are tied, PEFT saves one
     for name in told if isinstance(told, Mapping) else ():
-        if not any(each == name or each.endswith(f".{name}") for each in adapter.tokens):
+        if not any(each.endswith(name) for names in held for each in names):
             yield name
     if told and not adapter.tokens:
         yield "trainable_token_indices"

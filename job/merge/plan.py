@@ -57,7 +57,13 @@ def of(base: Path, settings: config.Model, adapter: Adapter, dtype: torch.dtype,
     computed in the format `seen`. Raises `errors.ModelError` if they do not fit.
     """
     described, scheme = weights.describe(base, settings)
-    network = pieces.skeleton(described, dtype, trust_remote_code=settings.trust_remote_code)
+    try:
+        network = pieces.skeleton(described, dtype, trust_remote_code=settings.trust_remote_code)
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as e:
+        raise errors.ModelError(
+            f"model.base: transformers makes no language model of {base} ({type(described).__name__}: "
+            f"{str(e).partition(chr(10))[0]})"
+        ) from e
     files = Pieces(base, torch.device("cpu"), dtype)
     files.call_as(network)
     rounded = weights.quantized(described, settings, seen) if seen and not scheme else frozenset[str]()

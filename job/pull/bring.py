@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,8 @@ from job.model import vision
 from job.pull import look as looked
 from job.pull.look import Found, Kind
 
+_ABOUT = re.compile(rf"[^/]*\.(md|png|jpe?g|gif|svg|pdf)|\.git[^/]*|{paths.TERMS}", re.IGNORECASE)
+"""What lies beside a model, and copies of it come with or without: it is the same model."""
 _PACKED = 4  # times as large a base that was quantized to 4 bits is in 16
 
 
@@ -56,7 +59,8 @@ def base(url: str, cache: paths.Cache) -> Base:
     """Bring the base model at `url` here, verified, and say which one it is."""
     found = looked.base(url)
     path, whole = _here(found, cache.base(found.fingerprint))
-    return Base(url, path, whole.digest, found.fingerprint)
+    computes = {name: file for name, file in whole.files.items() if not _ABOUT.fullmatch(name)}
+    return Base(url, path, Manifest(computes).digest, found.fingerprint)
 
 
 def both(order: Merging, cache: paths.Cache, keep: ExitStack) -> str:
@@ -73,7 +77,8 @@ def adapter(url: str, cache: paths.Cache) -> Path:
     """Bring the adapter at `url` here, verified: against its manifest if it is of a run."""
     found = looked.adapter(url)
     path, whole = _here(found, cache.adapter(found.fingerprint))
-    seal = next((entry for entry in found.source.list() if entry.key == manifest.NAME), None)
+    ours = any(entry.key == paths.TRAINING for entry in found.entries)  # others call other things a manifest
+    seal = next((entry for entry in found.source.list() if ours and entry.key == manifest.NAME), None)
     told = storage.read_range(found.source, seal, 0, seal.size) if seal else None
     if told and manifest.parse(told, url).files != whole.files:
         raise errors.CorruptError(f"--adapter: {url} is not what its {manifest.NAME} says: start the run again")

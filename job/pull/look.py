@@ -115,6 +115,12 @@ def kind(found: Found) -> Kind:
         told = dict(json.loads(storage.read_range(found.source, entry, 0, entry.size)))
     except (ValueError, TypeError) as e:
         raise errors.ModelError(f"model.base: {found.source.url}/config.json cannot be read ({e})") from e
+    called = told.get("architectures") or []
+    if told.get("is_encoder_decoder") and not any(str(each).endswith("ForCausalLM") for each in called):
+        raise errors.ModelError(
+            f"model.base: {found.source.url} is an encoder with a decoder ({', '.join(called) or 'see config.json'}): "
+            "the job trains and merges language models, which are decoders alone"
+        )
     layout = legacy.recognise(told, found.source.url)
     aside = [entry.key for entry in found.entries if entry.key in _ASIDE]
     if aside and not told.get("quantization_config"):
