@@ -4,7 +4,6 @@ While it goes on, the answers lie in parts beside the place of the result, a num
 become one file.
 """
 
-import contextlib
 import json
 import re
 import sys
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
 
 ANSWER = "answer"
 _TOLD = (ANSWER, "tokens", "ended")  # what is added to a record
-_ASKS = ("prompt", "instruction", "question")
 _BATCHES = 8  # in a part
-_SHOWN = 60  # characters of a value in a message
 _DIGITS = 9
 _PART = re.compile(rf"(\d{{{_DIGITS}}})\.jsonl")
 
@@ -34,10 +31,10 @@ class Prompt:
 
     record: Mapping[str, Any]
     where: str
-    messages: Sequence[Mapping[str, Any]] | None
+    messages: Sequence[Mapping[str, Any]]
     text: str = ""
-    """What is gone on with; beside messages the input that belongs to the last of them."""
-    tools: Sequence[Any] | None = None
+    """What is gone on with, if there are no messages."""
+    tools: Sequence[Any] = ()
 
 
 class Place:
@@ -99,72 +96,14 @@ class Place:
         return f"{self._folder}{start:0{_DIGITS}d}.jsonl"
 
 
-def prompt(record: Mapping[str, Any] | None, where: str, reason: str = "") -> Prompt:
-    """What the `record` asks, which was read at a place that is called `where`, or could not be for a `reason`.
-
-    Raises `errors.DataError` if it asks nothing, or what cannot be answered.
-    """
-    if record is None:
-        raise errors.DataError(f"{where}: {reason}")
+def check(record: Mapping[str, Any], where: str) -> None:
+    """Raise `errors.DataError` if the `record`, which was read at `where`, cannot be told again with its answer."""
     try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except (TypeError, ValueError) as e:  # bytes of Parquet, halves of characters
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as e:  # bytes of Parquet, halves of characters, NaN
         raise errors.DataError(f"{where}: cannot be written as JSON ({e})") from e
     if taken := [key for key in _TOLD if key in record]:
         raise errors.DataError(f"{where}: has a key {taken[0]} already, where the answer is told: rename it")
-    if seen := [key for key in ("image", "images") if record.get(key)]:
-        raise errors.DataError(f"{where}: has {seen[0]}, and only text is answered here")
-    tools = _listed(record, "tools", where)
-    said = record.get("messages") or next((record[key] for key in _ASKS if record.get(key)), None)
-    if isinstance(said, list):
-        return Prompt(record, where, _messages(said, where), tools=tools)
-    if isinstance(said, str):
-        return Prompt(record, where, _conversation(record, said, where), _written(record, "input", where), tools)
-    if record.get("text") and isinstance(record["text"], str):
-        return Prompt(record, where, None, record["text"])
-    raise errors.DataError(
-        f"{where}: has none of messages, {', '.join(_ASKS)} and text that asks something, but "
-        f"{', '.join(record) or 'nothing'}"
-    )
-
-
-def _conversation(record: Mapping[str, Any], question: str, where: str) -> list[Mapping[str, Any]]:
-    """A question with what was said before it."""
-    turns: list[Mapping[str, Any]] = []
-    if system := _written(record, "system", where):
-        turns.append({"role": "system", "content": system})
-    for pair in _listed(record, "history", where) or ():
-        if not isinstance(pair, list) or [type(each) for each in pair] != [str, str]:
-            raise errors.DataError(f"{where}: history is not a list of pairs of question and answer")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return [*turns, {"role": "user", "content": question}]
-
-
-def _written(record: Mapping[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if value is not None and not isinstance(value, str):
-        raise errors.DataError(f"{where}: {key} must be text, and is {str(value)[:_SHOWN]}")
-    return value or ""
-
-
-def _listed(record: Mapping[str, Any], key: str, where: str) -> list[Any] | None:
-    value = record.get(key)
-    with contextlib.suppress(ValueError):
-        value = json.loads(value) if isinstance(value, str) and value else value
-    if value and not isinstance(value, list):
-        raise errors.DataError(f"{where}: {key} must be a list, and is {str(value)[:_SHOWN]}")
-    return value or None
-
-
-def _messages(given: Sequence[Any], where: str) -> Sequence[Mapping[str, Any]]:
-    for each in given:
-        if not isinstance(each, dict) or not isinstance(each.get("role"), str):
-            raise errors.DataError(f"{where}: a message must have a role and a content: {str(each)[:_SHOWN]}")
-        if not isinstance(each.get("content"), str) and not each.get("tool_calls"):
-            raise errors.DataError(f"{where}: the content of a message must be text: {str(each)[:_SHOWN]}")
-    if given[-1]["role"] == "assistant":
-        raise errors.DataError(f"{where}: its last message is an answer: leave that out")
-    return given
 
 
 def one(question: str, speaker: "Speaker", how: Sampling) -> str:
@@ -208,10 +147,7 @@ def answers(
 def _tokens(asked: Prompt, speaker: "Speaker", how: Sampling) -> list[int]:
     """What the model reads; raises `errors.DataError` if that is nothing, or leaves no room for an answer."""
     try:
-        if asked.messages is None:
-            ids = list(speaker.words(asked.text)["input_ids"])
-        else:
-            ids = speaker.prompt(asked.messages, asked.text, asked.tools)
+        ids = speaker.prompt(asked.messages, asked.tools) if asked.messages else speaker.text(asked.text)
     except Exception as e:  # templates and tokenizers fail in many ways
         raise errors.DataError(f"{asked.where}: the model's template or tokenizer does not take it: {e}") from e
     if not ids:

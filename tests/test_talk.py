@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import adapters
 import pytest
@@ -22,9 +23,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import config, errors, generate, storage
+from job.cli import talk
+from job.model import tokenizer
 from job.model.talk import Speaker
-from job.model.tokenizer import input_heading
-from job.prepare import records
+from job.prepare import formats, records
+from job.prepare.tokens import Renderer, Row
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 GREEDY = ("--temperature", "0", "--max-tokens", "8", "--repetition-penalty", "1")
@@ -160,22 +163,23 @@ def test_an_answer_is_over_at_a_string(base: Path, job: Job, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        (['{"prompt": "a"}', "{"], "prompts.jsonl:2: broken JSON: "),
-        (
-            ['{"question": 3}'],
-            "prompts.jsonl:1: has none of messages, prompt, instruction, question and text that asks",
-        ),
-        (['{"prompt": ""}'], "prompts.jsonl:1: has none of messages, prompt, instruction, question and text that asks"),
-        (['{"prompt": "a", "answer": "b"}'], "prompts.jsonl:1: has a key answer already"),
-        (['{"prompt": "a", "tokens": 1}'], "prompts.jsonl:1: has a key tokens already"),
-        (['{"prompt": "a", "images": ["b.png"]}'], "prompts.jsonl:1: has images, and only text is answered here"),
-        (['{"prompt": "a\\ud800"}'], "prompts.jsonl:1: cannot be written as JSON"),
-        (['{"instruction": "a", "input": 3}'], "prompts.jsonl:1: input must be text, and is 3"),
-        (['{"instruction": "a", "history": ["b"]}'], "prompts.jsonl:1: history is not a list of pairs"),
-        (['{"messages": [{"role": "user"}]}'], "prompts.jsonl:1: the content of a message must be text"),
-        (['{"messages": [{"role": "assistant", "content": "a"}]}'], "prompts.jsonl:1: its last message is an answer"),
-        (['{"messages": ["a"]}'], "prompts.jsonl:1: a message must have a role and a content"),
-        (["3"], "prompts.jsonl:1: "),
+        (['{"prompt": "a"}', "{"], ":2: broken JSON: "),
+        (['{"answr": 3}'], ":1: has none of messages, conversations, instruction, prompt, question, text that asks"),
+        (['{"prompt": ""}'], ":1: has none of messages, conversations, instruction, prompt, question, text that asks"),
+        (['{"question": 3}'], ":1: instruction is of type int, not text"),
+        (['{"prompt": "a", "answer": "b"}'], ":1: has a key answer already"),
+        (['{"prompt": "a", "tokens": 1}'], ":1: has a key tokens already"),
+        (['{"prompt": "a", "images": ["b.png"]}'], ":1: has images, and only text is answered here"),
+        (['{"prompt": "a\\ud800"}'], ":1: cannot be written as JSON"),
+        (['{"prompt": "a", "score": NaN}'], ":1: cannot be written as JSON"),
+        (['{"instruction": "a", "input": 3}'], ":1: input is of type int, not text"),
+        (['{"instruction": "a", "history": ["b"]}'], ":1: history is not a list of pairs of question and answer"),
+        (['{"messages": [{"role": "user"}]}'], ":1: turn 1 lacks content or value"),
+        (['{"messages": [{"role": "nobody", "content": "a"}]}'], ":1: unknown role 'nobody' in turn 1"),
+        (['{"messages": [{"role": "assistant", "content": "a"}]}'], ":1: ends with an answer: leave that out"),
+        (['{"messages": ["a"]}'], ":1: messages is not a list of turns"),
+        (['{"messages": {"role": "user"}}'], ":1: messages is not a list of turns"),
+        (["3"], ":1: "),
     ],
 )
 def test_a_record_that_asks_nothing_is_told_with_its_line(lines: list[str], told: str, tmp_path: Path) -> None:
@@ -183,28 +187,83 @@ def test_a_record_that_asks_nothing_is_told_with_its_line(lines: list[str], told
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
 
-    with pytest.raises(errors.DataError, match=re.escape(told)):
-        [
-            generate.prompt(each.value, f"prompts.jsonl:{each.place}", each.reason)
-            for each in records.read(path, path.name)
-        ]
+    with pytest.raises(errors.DataError, match=re.escape(f"prompts.jsonl{told}")):
+        talk.prompts([(f"prompts.jsonl:{each.place}", each) for each in records.read(path, path.name)])
 
 
-def test_what_was_said_before_a_question_and_its_input_are_asked_too(base: Path) -> None:
-    """An instruction and its input are joined as in training."""
-    record = {"instruction": "Add", "input": "1 2", "history": [["Hi", "Ho"]], "system": "Be brief"}
+TOOL = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {"x": {"type": "number"}}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+TEMPLATE = """\
+{%- if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>
+{%- endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["text", "parts"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Hi"},
+        {"prompt": "Hi", "input": "which that format has not", "history": [["a", "b"]]},
+        {"prompt": [{"role": "user", "content": "Hi"}], "system": "Be brief"},
+        {"messages": [{"role": "user", "content": "Hi"}], "system": "Be brief"},
+        {"messages": [{"role": "developer", "content": "Be brief"}, {"role": "human", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"},
+                           {"from": "human", "value": "And?"}]},
+        {"messages": [{"role": "user", "content": "Hi"},
+                      {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 0},
+                      {"role": "function", "content": "3"}], "tools": [TOOL]},
+        {"messages": [{"role": "user", "content": "Hi"},
+                      {"role": "function_call", "content": json.dumps(TOOL | {"arguments": {}})},
+                      {"role": "observation", "content": "3"}], "tools": json.dumps(TOOL)},
+        {"instruction": "Add", "input": "1 2", "history": [["Hi", "Ho"]], "system": "Be brief"},
+        {"instruction": "Add", "input": " ", "system": " "},
+        {"instruction": "Add", "output": "what is there already"},
+        {"text": "Once upon a time"},
+    ],
+    ids="-".join,
+)  # fmt: skip
+def test_a_record_is_asked_as_it_is_trained_on(record: dict[str, Any], parts: bool, base: Path) -> None:  # noqa: FBT001 - a parameter
+    """The tokens that the model reads are those that stand before the answer in training, in every format."""
     speaker = Speaker(base, config.Model(base=base.as_uri(), quantization="none"), {})
-
-    asked = generate.prompt(record, "here")
-    ids = speaker.prompt(asked.messages or (), asked.text, asked.tools)
-
-    turns = [
-        {"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Ho"}, {"role": "user", "content": f"Add{input_heading(speaker.words)}1 2"},
-    ]  # fmt: skip
-    assert speaker.words.decode(ids) == speaker.words.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True
+    words = speaker.words
+    words.chat_template = (
+        TEMPLATE.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}") if parts else TEMPLATE
     )
+    speaker._wants_parts = [tokenizer.wants_parts(words)]
+    turn = {"role": "assistant", "content": "ANSWER"}
+    key = next(key for key in ("messages", "conversations", "prompt", "instruction", "text") if key in record)
+    whole = {
+        "messages": lambda: {**record, key: [*record[key], turn]},
+        "conversations": lambda: {**record, key: [*record[key], {"from": "gpt", "value": "ANSWER"}]},
+        "prompt": lambda: {**record, "completion": [turn] if isinstance(record[key], list) else "ANSWER"},
+        "instruction": lambda: {**record, "output": "ANSWER"},
+        "text": lambda: record,
+    }[key]()
+    example = formats.convert(whole, formats.recognise(whole), tokenizer.input_heading(words))
+    (row,) = Renderer(words, max_length=500, loss_on="last").rows([example])
+    assert isinstance(row, Row)
+    answer = next(place for place, label in enumerate(row.labels) if label != tokenizer.IGNORED)
+    before = row.input_ids[:-1] if key == "text" else row.input_ids[:answer]
+
+    (asked,) = talk.prompts([("here", records.Record(1, record))], tokenizer.input_heading(words))
+    ids = speaker.prompt(asked.messages, asked.tools) if asked.messages else speaker.text(asked.text)
+
+    assert words.decode(ids) == words.decode(before)
+    assert ids == before
+
+
+def test_tools_that_the_template_does_not_write_are_an_error(base: Path) -> None:
+    """In training they are as well."""
+    speaker = Speaker(base, config.Model(base=base.as_uri(), quantization="none"), {})
+    speaker.words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    with pytest.raises(ValueError, match="does not write the tool 'add': it has no place for tools"):
+        speaker.prompt([{"role": "user", "content": "Hi"}], [{"type": "function", "function": TOOL}])
 
 
 def test_parts_that_are_not_of_these_answers_are_not_believed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from job.model.talk import Speaker
     from job.paths import Cache
     from job.preemption import Notice
+    from job.prepare.records import Record
 
 _OPTIONS = [
     click.argument("run", required=False, metavar="[CONFIG|RUN_URL]"),
@@ -87,6 +88,7 @@ def generate(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: A
 
     def job(_notice: "Notice", after: ExitStack) -> None:
         from job import generate
+        from job.model import tokenizer
 
         if bool(given["prompt"]) == bool(given["file"]) or bool(given["file"]) != bool(given["out"]):
             raise errors.ConfigError("give either --prompt, or --input and --out")
@@ -95,13 +97,15 @@ def generate(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: A
         if len(given["adapters"]) > 1:
             raise errors.ConfigError("--adapter: one adapter answers a file; give one, and start once for each")
         how = _sampling(given)
-        prompts = None if given["prompt"] else _prompts(program, given)
+        read = [] if given["prompt"] else _records(program, given)
+        prompts(read)  # what cannot be answered is said before a model is brought
         speaker, made_of = _speaker(program, given, after)
-        if prompts is None:
+        if given["prompt"]:
             with _left_alone():
                 click.echo(generate.one(given["prompt"], speaker, how))
         else:
-            generate.answers(prompts, speaker, how, given["batch"], _place(given, made_of, how, prompts))
+            asked = prompts(read, tokenizer.input_heading(speaker.words))
+            generate.answers(asked, speaker, how, given["batch"], _place(given, made_of, how, asked))
 
     outcome.conclude(job, as_json=False, debug=debug)
 
@@ -151,20 +155,36 @@ def _sampling(given: Mapping[str, Any]) -> "Sampling":
     return config.sampling(told)
 
 
-def _prompts(program: Program, given: Mapping[str, Any]) -> "list[Prompt]":
-    from job import config, generate, pull
+def _records(program: Program, given: Mapping[str, Any]) -> "list[tuple[str, Record]]":
+    """What is in the file of questions, each with its place."""
+    from job import config, pull
     from job.prepare import records
 
     source = config.Source(url=config.absolute(given["file"]))
     files = pull.data([source], _disk(program, given))
-    found = [
-        generate.prompt(each.value, f"{file.url}:{each.place}", each.reason)
-        for file in files
-        for each in records.read(file.path, file.url)
-    ]
+    found = [(f"{file.url}:{each.place}", each) for file in files for each in records.read(file.path, file.url)]
     if not found:
         raise errors.DataError(f"--input: {source.url} holds no prompts")
     return found
+
+
+def prompts(read: "Sequence[tuple[str, Record]]", input_heading: str = "\n\n") -> "list[Prompt]":
+    """What the records ask, as training would; raises `errors.DataError` with the place of one that asks nothing."""
+    from job import generate
+    from job.prepare.asked import asked
+    from job.prepare.turns import BadRecordError
+
+    made = []
+    for where, record in read:
+        if record.value is None:
+            raise errors.DataError(f"{where}: {record.reason}")
+        generate.check(record.value, where)
+        try:
+            example = asked(record.value, input_heading)
+        except BadRecordError as e:
+            raise errors.DataError(f"{where}: {e}") from e
+        made.append(generate.Prompt(record.value, where, example.messages, example.text, example.tools))
+    return made
 
 
 def _place(given: Mapping[str, Any], made_of: str, how: "Sampling", prompts: "Sequence[Prompt]") -> "Place":

@@ -20,7 +20,7 @@ from job import config, errors
 from job.config import Sampling
 from job.model import adapted, tokenizer, weights
 
-Message: TypeAlias = Mapping[str, str]
+Message: TypeAlias = Mapping[str, Any]
 Network: TypeAlias = Any  # each family has a class of its own
 _LONGEST = 1 << 30  # tokens of context, where nobody says
 _MARGIN = 8  # tokens: the end of an answer is decoded with some that come before it
@@ -68,11 +68,16 @@ class Speaker:
         self.adapters, self.adapter = list(adapters), next(iter(adapters), None)
         homes = [tokenizer.home(folder, base) for folder in adapters.values()] or [base]
         self._words = [self._read(folder) for folder in homes]
+        self._wants_parts = [tokenizer.wants_parts(words) for words in self._words]
 
     @property
     def words(self) -> PreTrainedTokenizerBase:
         """The tokenizer and the template that the adapter was trained with; the base alone speaks like the first."""
-        return self._words[self.adapters.index(self.adapter) if self.adapter else 0]
+        return self._words[self._place]
+
+    @property
+    def _place(self) -> int:
+        return self.adapters.index(self.adapter) if self.adapter else 0
 
     def _read(self, folder: Path) -> PreTrainedTokenizerBase:
         words = tokenizer.load(folder, trust_remote_code=self._settings.trust_remote_code)
@@ -106,18 +111,28 @@ class Speaker:
             raise errors.ConfigError(f"there is no adapter called {name}: there is {there}")
         self.adapter = name
 
-    def prompt(self, messages: Sequence[Message], given: str = "", tools: Sequence[Any] | None = None) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The tokens after which the model answers a conversation, with `tools` that it may call.
 
-        What is `given` belongs to the last message, an instruction, and is put behind it as in training.
+        Raises `ValueError` if the template has no place for those.
         """
-        turns = [dict(each) for each in messages]
-        if given:
-            turns[-1]["content"] += tokenizer.input_heading(self.words) + given
-        made: Any = self.words.apply_chat_template(
-            turns, tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=True, return_dict=True
+        turns: Any = [dict(each) for each in messages]
+        if self._wants_parts[self._place]:
+            turns = [{**each, "content": tokenizer.in_parts(each["content"])} for each in turns]
+        written = str(
+            self.words.apply_chat_template(turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=True)
         )
-        return list(made["input_ids"])
+        called = [*tools, *(call for each in messages for call in each.get("tool_calls") or ())]
+        if lost := [each["function"]["name"] for each in called if each["function"]["name"] not in written]:
+            raise ValueError(f"the chat template does not write the tool {lost[0]!r}: it has no place for tools")
+        return list(self.words(written, add_special_tokens=False)["input_ids"])
+
+    def text(self, text: str) -> list[int]:
+        """The tokens of a text that is gone on with, which begins as in training."""
+        begin = str(self.words.bos_token or "")
+        if tokenizer.adds_bos(self.words) and not text.startswith(begin):
+            text = begin + text
+        return list(self.words(text, add_special_tokens=False)["input_ids"])
 
     def answers(self, prompts: Sequence[Sequence[int]], how: Sampling, seed: int) -> list[Answer]:
         """What it says after each of the `prompts`, in one batch, with the randomness of `seed`."""

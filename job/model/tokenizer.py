@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from job import errors
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _TEMPLATE = "chat_template.json"  # where older bases that see images keep theirs
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 """Of which a tokenizer has one."""
+_MARK = "\ue000"  # stands in no template
 IGNORED = -100  # the label of a token without loss, by PyTorch's convention
 
 _HEADINGS = {"instruction-en": ("Instruction", "Input", "Response"), "instruction-zh": ("指令", "输入", "回答")}
@@ -73,6 +74,30 @@ def _apart(file: Path) -> str:
         raise errors.ModelError(f"model.base: {file} holds no chat template ({type(e).__name__}: {e})") from e
 
 
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether it begins every text with a token of its own."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(tokenizer.bos_token) and ids[:1] == [tokenizer.bos_token_id]
+
+
+def wants_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether its template writes what a message says only if that is a list of parts, as of some that see images."""
+
+    def writes(question: object, answer: object) -> bool:
+        turns: Any = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        try:
+            return _MARK in str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # noqa: BLE001 - templates fail in many ways
+            return False
+
+    return not writes("?", _MARK) and writes(in_parts("?"), in_parts(_MARK))
+
+
+def in_parts(text: str) -> list[dict[str, str]]:
+    """What a message says, as such templates want it."""
+    return [{"type": "text", "text": text}] if text else []
+
+
 def input_heading(tokenizer: "PreTrainedTokenizerBase") -> str:
     """What stands between an instruction and its input with this tokenizer's template."""
     for name, (_, extra, _) in _HEADINGS.items():
@@ -95,5 +120,6 @@ def _choose(tokenizer: "PreTrainedTokenizerBase", template: str, base: Path) -> 
 
 def _instruction(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
     question, _, answer = _HEADINGS[name]
-    adds_bos = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return ("{{- bos_token -}}" if adds_bos else "") + _TURNS.replace("QUESTION", question).replace("ANSWER", answer)
+    return ("{{- bos_token -}}" if adds_bos(tokenizer) else "") + _TURNS.replace("QUESTION", question).replace(
+        "ANSWER", answer
+    )

@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from job.model.tokenizer import wants_parts
 from job.prepare.formats import Example
 from job.prepare.turns import IMAGE, BadRecordError, Message
 
@@ -25,6 +26,7 @@ class Template:
         self.opening, self.header, self.end = "", "", str(tokenizer.eos_token)
         """What asks for an answer, the part of it that stands before every answer, and what ends one."""
         if tokenizer.chat_template:
+            self._in_parts = wants_parts(tokenizer)
             self._ask()
 
     def write(self, example: Example, *, open_turn: bool = False) -> str:
@@ -76,8 +78,6 @@ class Template:
 
     def _ask(self) -> None:
         answer: Message = {"role": "assistant", "content": "\ue000"}
-        self._in_parts = not self._writes(answer)
-        self._in_parts = self._in_parts and self._writes(answer)  # if it writes it so
         try:
             closed, opened = self.write(Example((_ASKED,))), self.write(Example((_ASKED,)), open_turn=True)
             before, _, after = self.write(Example((_ASKED, answer))).partition(answer["content"])
@@ -88,12 +88,6 @@ class Template:
             self.header = _shared_start(self.opening, before.removeprefix(closed))
         ending = self.end_of_turn.match(after)
         self.end = ending[0].lstrip() if ending else self.end
-
-    def _writes(self, answer: Message) -> bool:
-        try:
-            return answer["content"] in self.write(Example((_ASKED, answer)))
-        except BadRecordError:
-            return False
 
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:

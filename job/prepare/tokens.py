@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from job.model.tokenizer import IGNORED
+from job.model.tokenizer import IGNORED, adds_bos
 from job.model.vision import Vision
 from job.prepare.formats import Example
 from job.prepare.template import Template
@@ -85,7 +85,7 @@ class Renderer:
 
     def _text(self, text: str) -> tuple[str, Spans]:
         eos, bos = str(self.tokenizer.eos_token or ""), str(self.tokenizer.bos_token or "")
-        if _adds_bos(self.tokenizer) and not text.startswith(bos):
+        if adds_bos(self.tokenizer) and not text.startswith(bos):
             text = bos + text
         text = text if text.endswith(eos) else text + eos
         return text, [(0, len(text))]
@@ -232,8 +232,3 @@ def marked(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
 
 def _overlaps(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     return any(place[0] < stop and place[1] > start for start, stop in spans)
-
-
-def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return bool(tokenizer.bos_token) and ids[:1] == [tokenizer.bos_token_id]
