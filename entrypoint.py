@@ -164,7 +164,7 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
 
 def combine(here: Here, base: "Base", adapter: Path, figures: Path) -> Path | None:
     """Merge, if that is wanted, and look at the result; what is seen of it lies beside the `figures` then."""
-    from job import card, cluster, examine, merge
+    from job import card, cluster, examine, inputs, merge
 
     config, cache = here.machine.config, here.cache
     log.phase("merge")
@@ -173,7 +173,7 @@ def combine(here: Here, base: "Base", adapter: Path, figures: Path) -> Path | No
     models = examine.Models(base.path, adapter, merged, lambda: merge.other(config, base, adapter, cache))
     seen = examine.results(models, config, figures, cache.work("seen"), cluster.gpus(here.machine.environ))
     if merged:
-        merge.tell(merged, card.merged(config, base.path, merge.facts(merged), seen))
+        merge.tell(merged, card.merged(config, base.path, inputs.facts(merged), seen))
     return merged
 
 

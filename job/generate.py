@@ -4,6 +4,7 @@ While it goes on, the answers lie in parts beside the place of the result, a num
 become one file.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from job import errors, log, paths
+from job import errors, log, manifest, paths
 from job.config import Sampling
 from job.storage import Store
 
@@ -38,20 +39,16 @@ class Prompt:
 
 
 class Place:
-    """Where the answers go: a file in a store, and beside it the parts that there are so far."""
+    """Where the answers go: a file in a store, and beside it the parts that there are so far.
+
+    Beside a file of answers stands what they were made of, and its SHA-256: only what is told so is believed.
+    """
 
     def __init__(self, store: Store, name: str, made_of: str) -> None:
-        """Raises `errors.ConfigError` if there is something that was not `made_of` the same."""
+        """Raises `errors.ConfigError` if there is a file that is not `made_of` the same."""
         self._store, self._name, self._made_of = store, name, paths.digest(made_of)
         self._mark, self._folder = f"{name}.made-of.json", f"{name}.parts/{self._made_of}/"
-        before = self._told()
-        there = any(entry.key == name for entry in store.list(name))
-        if there and before.get("made_of") != self._made_of:
-            raise errors.ConfigError(
-                f"--out: {self.url} is of other prompts, another model or other settings: remove it, or give another "
-                "place"
-            )
-        self.done = there and bool(before.get("done"))
+        self.done = self._is_there()
 
     @property
     def url(self) -> str:
@@ -68,29 +65,57 @@ class Place:
         self._store.put(self._part(start), lines.encode())
 
     def finish(self, starts: Iterable[int]) -> None:
-        """Make one file of the parts that begin with the prompts `starts`.
+        """Make one file of the parts that begin with the prompts `starts`; it is there if another start was faster.
 
-        Raises `errors.StoreError` if one has vanished, as when another start has finished in the meantime.
+        Raises `errors.ConfigError` if something else is there by now, and `errors.StoreError` if a part has vanished.
         """
         parts = {start: self._store.read(self._part(start)) for start in starts}
-        if lost := [start for start, part in parts.items() if part is None]:
-            raise errors.StoreError(
-                f"--out: {self._store.url}/{self._part(lost[0])} has vanished, and {len(lost)} of {len(parts)} parts: "
-                "another start of the same is at it, or has finished; start again to see"
-            )
-        self._store.put(self._mark, json.dumps({"made_of": self._made_of}).encode())
-        self._store.put(self._name, b"".join(part.data for part in parts.values() if part))
-        self._store.put(self._mark, json.dumps({"made_of": self._made_of, "done": True}).encode())
+        if not self._is_there():
+            if lost := [start for start, part in parts.items() if part is None]:
+                raise errors.StoreError(
+                    f"--out: {self._store.url}/{self._part(lost[0])} has vanished, and {len(lost)} of {len(parts)} "
+                    "parts: somebody has removed them; start again to make them anew"
+                )
+            data = b"".join(part.data for part in parts.values() if part)
+            told = {"made_of": self._made_of, "sha256": manifest.sha256_of(data)}
+            self._store.put(self._mark, json.dumps(told).encode())  # first: without it nobody believes the file
+            try:
+                self._store.create(self._name, data)
+            except errors.ConflictError:
+                self._is_there()
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove the parts, of these answers and of others."""
-        for entry in self._store.list(f"{self._name}.parts/"):
+        """Remove the parts of these answers."""
+        for entry in self._store.list(self._folder):
             self._store.delete(entry.key)
+        if left := self._store.list(f"{self._name}.parts/"):
+            log.event(
+                "generate.left",
+                f"{len(left)} part(s) of starts with other prompts or settings are left in {self.url}.parts/: remove "
+                "them if nobody goes on with those",
+                parts=len(left),
+            )
 
-    def _told(self) -> dict[str, Any]:
-        before = self._store.read(self._mark)
-        return dict(json.loads(before.data)) if before else {}
+    def _is_there(self) -> bool:
+        """Whether the file is; raises `errors.ConfigError` if it is another one."""
+        blob, mark = self._store.read(self._name), self._store.read(self._mark)
+        if blob is None:
+            return False
+        told: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            told = json.loads(mark.data) if mark else {}
+        if told.get("sha256") != manifest.sha256_of(blob.data):
+            raise errors.ConfigError(
+                f"--out: {self.url} is there, and not as it was written here, if it was: remove it, or give another "
+                "place"
+            )
+        if told.get("made_of") != self._made_of:
+            raise errors.ConfigError(
+                f"--out: {self.url} is of other prompts, another model or other settings: remove it, or give another "
+                "place"
+            )
+        return True
 
     def _part(self, start: int) -> str:
         return f"{self._folder}{start:0{_DIGITS}d}.jsonl"

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from job import config
+from job import config, errors, paths
 from job.config import Config
 
 AT_THE_END = 4.0  # seconds of the cluster's grace that the job needs when training has ended
@@ -23,6 +24,27 @@ class Base:
     digest: str
     fingerprint: str = "any"
     """Names the files without their content: URL, names, sizes and versions."""
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What is told of how an adapter or a merged model was made, by the job; nothing if it was made elsewhere."""
+    path = folder / paths.TRAINING
+    try:
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as e:
+        raise errors.ModelError(f"{path} cannot be read ({e}): bring it again") from e
+    return told if isinstance(told, dict) else {}
+
+
+def belongs(base: Base, adapter: Path) -> bool:
+    """Raise `errors.ModelError` if the `adapter` says that it was trained on another base; False if it says nothing."""
+    trained_on = facts(adapter).get("inputs", {}).get("base")
+    if trained_on and trained_on != base.digest:
+        raise errors.ModelError(
+            f"model.base: {base.url} has digest {base.digest}, the adapter was trained on {trained_on}: put that base "
+            "back"
+        )
+    return bool(trained_on)
 
 
 _IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)

@@ -214,6 +214,39 @@ def test_files_that_the_job_does_not_need_stay_in_the_bucket(
     assert not files(got.path) & {"pytorch_model.bin", "model.gguf", "original/consolidated.pth"}
 
 
+def of_a_run(folder: Path) -> None:
+    (folder / "training.json").write_text(json.dumps({"inputs": {}}))
+    manifest.seal(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda b: (b / "manifest.json").unlink(), "has no manifest.json, so it is not whole"),
+        (lambda b: (b / "config.json").write_text("{}"), "is not what its manifest.json says, such as config.json"),
+        (lambda b: (b / "more.json").write_text("{}"), "is not what its manifest.json says, such as more.json"),
+        (
+            lambda b: (b / "tokenizer_config.json").unlink(),
+            "is not what its manifest.json says, such as tokenizer_conf",
+        ),
+    ],
+    ids=["torn", "changed", "more", "less"],
+)
+def test_a_merged_model_that_is_not_what_a_run_sealed_is_an_error(
+    spoil: Callable[[Path], object], told: str, base: Path, cache: paths.Cache
+) -> None:
+    """Nothing without its manifest is believed, or with another; a model of somebody else has none to be believed."""
+    of_a_run(base)
+    pull.base(base.as_uri(), cache)
+    spoil(base)
+
+    with pytest.raises(errors.CorruptError, match=f"{base.as_uri()} {told}"):
+        pull.base(base.as_uri(), cache)
+
+    (base / "training.json").unlink()
+    pull.base(base.as_uri(), cache)
+
+
 def test_names_with_blanks_and_percent_signs_are_found(
     tmp_path: Path, cache: paths.Cache, records: Callable[..., Path], tiny_run: Callable[..., Path]
 ) -> None:

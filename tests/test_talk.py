@@ -1,6 +1,7 @@
 """Models that answer: one question, a file of them, or in a terminal."""
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,16 @@ from killing import Moment, Stopped
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from job import config, errors, generate, storage
+from job import config, errors, generate, manifest, paths, pull, storage
 from job.cli import talk
+from job.cli.program import Program
 from job.model import tokenizer
 from job.model.talk import Speaker
 from job.prepare import formats, records
 from job.prepare.tokens import Renderer, Row
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
+PROGRAM = Program(lambda *_: None, lambda *_: None, {}, ())
 GREEDY = ("--temperature", "0", "--max-tokens", "8", "--repetition-penalty", "1")
 ASKED = "What is 1 and 2?"
 
@@ -266,25 +270,74 @@ def test_tools_that_the_template_does_not_write_are_an_error(base: Path) -> None
         speaker.prompt([{"role": "user", "content": "Hi"}], [{"type": "function", "function": TOOL}])
 
 
-def test_parts_that_are_not_of_these_answers_are_not_believed(tmp_path: Path) -> None:
-    """And a part that vanished is missed: another start has finished, or somebody has removed it."""
-    store = storage.connect(tmp_path.as_uri())
-    generate.Place(store, "a.jsonl", "others").keep(0, "old\n")
-    place = generate.Place(store, "a.jsonl", "these")
+@pytest.fixture
+def answers(tmp_path: Path) -> Callable[[str], generate.Place]:
+    """The place of answers that are made of what is told."""
+    return functools.partial(generate.Place, storage.connect((tmp_path / "out").as_uri()), "a.jsonl")
+
+
+def test_parts_that_are_not_of_these_answers_are_not_believed(
+    answers: Callable[[str], generate.Place], tmp_path: Path
+) -> None:
+    """A part that vanished is missed; parts of others stay theirs, who may be at it."""
+    answers("others").keep(0, "old\n")
+    place = answers("these")
     assert place.there() == set()
     place.keep(0, "one\n")
 
     with pytest.raises(errors.StoreError, match="has vanished, and 1 of 2 parts"):
         place.finish([0, 8])
 
-    assert not (tmp_path / "a.jsonl").exists()
+    assert not (tmp_path / "out" / "a.jsonl").exists()
     place.keep(8, "two\n")
     place.finish([0, 8])
-    assert (tmp_path / "a.jsonl").read_text() == "one\ntwo\n"
-    assert not list(tmp_path.glob("a.jsonl.parts/**/*.jsonl"))
-    assert generate.Place(store, "a.jsonl", "these").done
-    (tmp_path / "a.jsonl").unlink()
-    assert not generate.Place(store, "a.jsonl", "these").done
+    assert (tmp_path / "out" / "a.jsonl").read_text() == "one\ntwo\n"
+    assert len(list(tmp_path.glob("out/a.jsonl.parts/**/*.jsonl"))) == 1
+    assert answers("these").done
+    (tmp_path / "out" / "a.jsonl").unlink()
+    assert not answers("these").done
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same", "another"])
+def test_of_two_starts_at_one_place_the_faster_wins(
+    same: bool, answers: Callable[[str], generate.Place], tmp_path: Path  # noqa: FBT001 - a parameter
+) -> None:  # fmt: skip
+    """The slower one finds its own answers, or is told; it never replaces what is there."""
+    slow, fast = answers("these"), answers("these" if same else "those")
+    slow.keep(0, "slow\n")
+    fast.keep(0, "fast\n")
+    fast.finish([0])
+
+    if same:
+        slow.finish([0])
+    else:
+        with pytest.raises(errors.ConfigError, match="is of other prompts, another model or other settings"):
+            slow.finish([0])
+
+    assert (tmp_path / "out" / "a.jsonl").read_text() == "fast\n"
+    assert answers("these" if same else "those").done
+
+
+@pytest.mark.parametrize("spoil", ["cut", "no mark", "broken mark"])
+def test_answers_that_were_changed_are_neither_believed_nor_overwritten(
+    spoil: str, answers: Callable[[str], generate.Place], tmp_path: Path
+) -> None:
+    """Whose they are then, nobody knows."""
+    place, path = answers("these"), tmp_path / "out" / "a.jsonl"
+    place.keep(0, "one\ntwo\n")
+    place.finish([0])
+    if spoil == "cut":
+        path.write_text("one\n")
+    elif spoil == "no mark":
+        path.with_name("a.jsonl.made-of.json").unlink()
+    else:
+        path.with_name("a.jsonl.made-of.json").write_text("{")
+    before = path.read_text()
+
+    with pytest.raises(errors.ConfigError, match="is there, and not as it was written here, if it was: remove it"):
+        answers("these")
+
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -294,6 +347,7 @@ def test_parts_that_are_not_of_these_answers_are_not_believed(tmp_path: Path) ->
         pytest.param(
             ("--temperature", "-1"), "--temperature -1.0: input should be greater than or equal", marks=pytest.mark.slow
         ),
+        pytest.param(("--out", "."), "--out . is a folder: give the name of a file in it too", marks=pytest.mark.slow),
         pytest.param(("--prompt", "b"), "give either --prompt, or --input and --out", marks=pytest.mark.slow),
         pytest.param(("--adapter", "nowhere"), "has no adapter_config.json and adapter_", marks=pytest.mark.slow),
         pytest.param(
@@ -327,6 +381,7 @@ def test_other_answers_are_not_overwritten(base: Path, job: Job, tmp_path: Path)
 
     assert (mine.returncode, other.returncode) == (64, 64)
     assert "is of other prompts, another model or other settings: remove it" in other.stderr
+    assert "is there, and not as it was written here" in mine.stderr
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
@@ -361,6 +416,59 @@ def test_adapters_are_switched_in_a_conversation(base: Path, two: dict[str, Path
         "there is no command /what",
     ]  # fmt: skip
     assert outcome.stdout.startswith("\n".join(expected))
+
+
+def trained_on(adapter: Path, base: Path, cache: Path) -> None:
+    """Tell beside the `adapter`, as a run does, which base it is for."""
+    digest = pull.base(base.as_uri(), paths.Cache.of(cache, "talk")).digest
+    (adapter / "training.json").write_text(json.dumps({"inputs": {"base": digest}}))
+    manifest.seal(adapter)
+
+
+def test_an_adapter_does_not_speak_on_another_base(base: Path, two: dict[str, Path], tmp_path: Path) -> None:
+    """It would say something, and nobody would know why that is nonsense."""
+    trained_on(two["one"], base, tmp_path / "cache")
+    given = {"run": None, "merged": False, "base": str(base), "adapters": (f"one={two['one']}",),
+             "quantization": "none", "cache": tmp_path / "cache"}  # fmt: skip
+    with ExitStack() as after:
+        speaker, _ = talk._speaker(PROGRAM, given, after)
+    assert speaker.adapters == ["one"]
+    adapters.base(base, tied=True, vocab_size=420, hidden_size=64)
+
+    with (
+        pytest.raises(errors.ModelError, match="the adapter was trained on"),
+        ExitStack() as after,
+    ):
+        talk._speaker(PROGRAM, given, after)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"base": "copy"}, ["tuned"]),
+        ({"base": "copy", "adapters": ("v1.0=run/adapter", "./run/adapter")}, ["v1.0", "adapter2"]),
+        ({"merged": True}, []),
+        ({}, ["tuned"]),
+    ],
+    ids=["another place of the base", "adapters", "merged", "the run"],
+)
+def test_what_speaks_is_what_was_asked_for(
+    given: dict[str, Any], names: list[str], base: Path, two: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, tiny_run: Callable[..., Path],
+) -> None:  # fmt: skip
+    """A run speaks with its adapter, also where its base lies elsewhere now."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "copy")
+    described = tiny_run(model={"base": str(base)})
+    shutil.copytree(two["one"], "run/adapter")
+    trained_on(Path("run/adapter").absolute(), base, tmp_path / "cache")
+    shutil.copytree(base, "run/merged")
+    usual = {"run": str(described), "merged": False, "base": None, "adapters": (), "quantization": None}
+
+    with ExitStack() as after:
+        speaker, _ = talk._speaker(PROGRAM, {**usual, "cache": tmp_path / "cache", **given}, after)
+
+    assert speaker.adapters == names
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def merge(
 
 
 def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> None:
-    from job import card, cluster, convert, examine, merge, paths, publish, pull, storage
+    from job import card, cluster, convert, examine, inputs, merge, paths, publish, pull, storage
     from job.convert import adapters
 
     store, disk = storage.connect(order.run.url), cache(order, environ)
@@ -62,7 +62,7 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
             merged = merge.folder(base, adapter, order.model, order.merge, disk.work("merged"), claim)
             models = examine.Models(base.path, adapter, merged, lambda: None)
             seen = examine.results(models, order, None, disk.work("seen"), cluster.gpus(environ))
-            merge.tell(merged, card.alone(order, base.path, merge.facts(merged), seen))
+            merge.tell(merged, card.alone(order, base.path, inputs.facts(merged), seen))
             publish.directory(store, merged, "", confirm)
     shutil.rmtree(disk.work(""), ignore_errors=True)
     log.event("merge.end", f"done: the merged model is in {store.url}", status=errors.DONE)

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import click
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from job.preemption import Notice
     from job.prepare.records import Record
 
+_NAMED = re.compile(r"((?P<name>[\w.-]+)=)?(?P<url>.*)")
 _OPTIONS = [
     click.argument("run", required=False, metavar="[CONFIG|RUN_URL]"),
     click.option("--base", metavar="URL", help="The base model; by default that of the run."),
@@ -93,7 +96,7 @@ def generate(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: A
         if bool(given["prompt"]) == bool(given["file"]) or bool(given["file"]) != bool(given["out"]):
             raise errors.ConfigError("give either --prompt, or --input and --out")
         if given["out"] and given["out"].endswith("/"):
-            raise errors.ConfigError(f"--out {given['out']}: give the name of a file in it too")
+            raise errors.ConfigError(f"--out {given['out']} is a folder: give the name of a file in it too")
         if len(given["adapters"]) > 1:
             raise errors.ConfigError("--adapter: one adapter answers a file; give one, and start once for each")
         how = _sampling(given)
@@ -112,7 +115,7 @@ def generate(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: A
 
 def _speaker(program: Program, given: Mapping[str, Any], after: ExitStack) -> "tuple[Speaker, str]":
     """Who answers, and what he is made of."""
-    from job import config, convert, manifest, pull
+    from job import config, convert, inputs, manifest, pull
     from job.convert.adapters import translated
     from job.model.talk import Speaker
 
@@ -121,21 +124,22 @@ def _speaker(program: Program, given: Mapping[str, Any], after: ExitStack) -> "t
     url = merged or given["base"] or (run.model.base if run else None)
     if not url or (given["merged"] and (not run or given["base"] or given["adapters"])):
         raise errors.ConfigError("give a run (its config or its URL), perhaps with --merged, or --base and --adapter")
-    told = {} if run is None or given["base"] else run.model.model_dump(mode="json")
+    told = run.model.model_dump(mode="json") if run else {}
     quantization = given["quantization"] or ("none" if merged or not told else told["quantization"])
     settings = config.Model.model_validate({**told, "base": config.absolute(url), "quantization": quantization})
-    named = [each.partition("=") if "=" in each.partition("://")[0] else ("", "", each) for each in given["adapters"]]
-    adapters = {name or f"adapter{number}": link for number, (name, _, link) in enumerate(named, 1)}
+    named = [_NAMED.fullmatch(each) for each in given["adapters"]]
+    adapters = {each["name"] or f"adapter{number}": each["url"] for number, each in enumerate(named, 1) if each}
     if len(adapters) < len(named):
         raise errors.ConfigError("--adapter: two have the same name: give each one of its own, as in NAME=URL")
-    if run and not merged and not given["base"] and not adapters:
+    if run and not merged and not adapters:
         adapters = {"tuned": f"{run.run.url}/adapter"}
     disk = _disk(program, given)
+    brought = {name: pull.adapter(config.absolute(link), disk) for name, link in adapters.items()}
     base = pull.base(settings.base, disk)
-    folders = {
-        name: translated(pull.adapter(config.absolute(link), disk), base, disk, after)
-        for name, link in adapters.items()
-    }
+    folders = {}
+    for name, folder in brought.items():
+        inputs.belongs(base, folder)
+        folders[name] = translated(folder, base, disk, after)
     made_of = [base.digest, settings.model_dump_json(), *(manifest.of(folder).digest for folder in folders.values())]
     return Speaker(convert.native(base, disk, after).path, settings, folders), json.dumps(made_of)
 
@@ -190,7 +194,12 @@ def prompts(read: "Sequence[tuple[str, Record]]", input_heading: str = "\n\n") -
 def _place(given: Mapping[str, Any], made_of: str, how: "Sampling", prompts: "Sequence[Prompt]") -> "Place":
     from job import config, generate, storage
 
-    folder, _, name = config.absolute(given["out"]).rpartition("/")
+    url = config.absolute(given["out"])
+    folder, _, name = url.rpartition("/")
+    if url.startswith("file:"):
+        name = unquote(name)
+    if url.startswith("file:") and Path(unquote(url.removeprefix("file://"))).is_dir():
+        raise errors.ConfigError(f"--out {given['out']} is a folder: give the name of a file in it too")
     asked = [made_of, how.model_dump(mode="json"), given["batch"], [dict(each.record) for each in prompts]]
     return generate.Place(storage.connect(folder), name, json.dumps(asked))
 

@@ -3,6 +3,6 @@
 The result is a sealed folder that plain transformers loads and that needs nothing of ours.
 """
 
-from job.merge.step import facts, folder, merged, other, readable, tell
+from job.merge.step import folder, merged, other, readable, tell
 
-__all__ = ["facts", "folder", "merged", "other", "readable", "tell"]
+__all__ = ["folder", "merged", "other", "readable", "tell"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from job import card, errors, log, manifest, paths
+from job import card, errors, inputs, log, manifest, paths
 from job import config as configs
 from job.config import Config
-from job.inputs import Base
+from job.inputs import Base, facts
 from job.merge import plan, proof, shards, sides
 from job.merge.adapter import Adapter
 from job.model import weights
@@ -73,7 +73,7 @@ def folder(
     out = place.with_name(f"{place.name}-{_made_from(base.digest, given.digest, model, wanted)}")
     if manifest.sealed(out):
         return out
-    _belongs(base, made, manifest.sha256(adapter / FILE) if FILE in given.files else "")
+    _belongs(base, adapter, manifest.sha256(adapter / FILE) if FILE in given.files else "")
     read, dtype = Adapter.read(adapter), getattr(torch, wanted.dtype)
     laid, parts = _laid(base, read, model, wanted, made)
     log.event(
@@ -116,12 +116,6 @@ def tell(folder: Path, text: str) -> None:
     manifest.seal(folder, known)
 
 
-def facts(folder: Path) -> dict[str, Any]:
-    """What a folder was made of; nothing of an adapter that was made elsewhere."""
-    path = folder / paths.TRAINING
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
 def _laid(
     base: Base, adapter: Adapter, model: configs.Model, wanted: configs.Merge, facts: Mapping[str, Any]
 ) -> tuple[plan.Plan, shards.Shards]:
@@ -138,20 +132,15 @@ def _made_from(base: str, adapter: str, model: configs.Model, wanted: configs.Me
     return paths.digest(" ".join([base, adapter, model.model_dump_json(), wanted.model_dump_json(), *code, *versions]))
 
 
-def _belongs(base: Base, made: Mapping[str, Any], adapter: str) -> None:
-    trained_on = made.get("inputs", {}).get("base")
-    if trained_on and trained_on != base.digest:
-        raise errors.ModelError(
-            f"model.base: {base.url} has digest {base.digest}, the adapter was trained on {trained_on}: put that base "
-            "back"
-        )
+def _belongs(base: Base, adapter: Path, weights: str) -> None:
+    known = inputs.belongs(base, adapter)
     before = facts(base.path)
-    if adapter and before.get("adapter_weights") == adapter:
+    if weights and before.get("adapter_weights") == weights:
         raise errors.ModelError(
             f"model.base: {base.url} is a merged model already, and holds this very adapter: merge into "
             f"{before.get('base', 'the base that it was trained on')}"
         )
-    if not trained_on:
+    if not known:
         log.warn(
             "merge.unknown",
             f"the adapter does not say by a digest which base it was trained on: that it was {base.url} is taken on "

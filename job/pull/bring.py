@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from job import errors, log, manifest, paths, storage
+from job import errors, inputs, log, manifest, paths, storage
 from job.config import Config, Merging, Source
 from job.inputs import Base, DataFile, Images, Prepared
 from job.manifest import Manifest
@@ -18,6 +18,7 @@ from job.pull.look import Found, Kind
 
 _ABOUT = re.compile(rf"[^/]*\.(md|png|jpe?g|gif|svg|pdf)|\.git[^/]*|{paths.TERMS}", re.IGNORECASE)
 """What lies beside a model, and copies of it come with or without: it is the same model."""
+_MEND = "start again what made it; if it was changed on purpose, remove its training.json"
 _PACKED = 4  # times as large a base that was quantized to 4 bits is in 16
 
 
@@ -59,6 +60,7 @@ def base(url: str, cache: paths.Cache) -> Base:
     """Bring the base model at `url` here, verified, and say which one it is."""
     found = looked.base(url)
     path, whole = _here(found, cache.base(found.fingerprint))
+    _unchanged(found, path, whole, "model.base")
     computes = {name: file for name, file in whole.files.items() if not _ABOUT.fullmatch(name)}
     return Base(url, path, Manifest(computes).digest, found.fingerprint)
 
@@ -77,12 +79,22 @@ def adapter(url: str, cache: paths.Cache) -> Path:
     """Bring the adapter at `url` here, verified: against its manifest if it is of a run."""
     found = looked.adapter(url)
     path, whole = _here(found, cache.adapter(found.fingerprint))
-    ours = any(entry.key == paths.TRAINING for entry in found.entries)  # others call other things a manifest
-    seal = next((entry for entry in found.source.list() if ours and entry.key == manifest.NAME), None)
-    told = storage.read_range(found.source, seal, 0, seal.size) if seal else None
-    if told and manifest.parse(told, url).files != whole.files:
-        raise errors.CorruptError(f"--adapter: {url} is not what its {manifest.NAME} says: start the run again")
+    _unchanged(found, path, whole, "--adapter")
     return path
+
+
+def _unchanged(found: Found, path: Path, whole: Manifest, what: str) -> None:
+    """Raise `errors.CorruptError` if what a run or a merge published is not what it sealed."""
+    if not {"inputs", "made_of"} & inputs.facts(path).keys():
+        return  # others call other things a manifest
+    url = found.source.url
+    seal = next((entry for entry in found.source.list() if entry.key == manifest.NAME), None)
+    if seal is None:
+        raise errors.CorruptError(f"{what}: {url} has no {manifest.NAME}, so it is not whole: {_MEND}")
+    told = manifest.parse(storage.read_range(found.source, seal, 0, seal.size), f"{url}/{manifest.NAME}")
+    if told.files != whole.files:
+        changed = sorted(name for name, _ in told.files.items() ^ whole.files.items())
+        raise errors.CorruptError(f"{what}: {url} is not what its {manifest.NAME} says, such as {changed[0]}: {_MEND}")
 
 
 def _used(found: Sequence[Found], places: Sequence[Path], cache: paths.Cache, keep: ExitStack) -> None:
