@@ -13,6 +13,7 @@ from job.config import Sampling
 if TYPE_CHECKING:
     from job.model.talk import Speaker
 
+_ANSWERED = 4  # a share of the context that an answer can count on
 _HELP = """\
 /adapter NAME   answer with that adapter       /base    answer with the base alone
 /reset          forget what was said           /quit    leave, as Ctrl-D does
@@ -26,25 +27,52 @@ class Chat:
         self._speaker, self._how, self._out = speaker, how, out
         self._said: list[dict[str, str]] = []
         self._turn = 0
+        self._asking, self._stop = False, threading.Event()
 
     def run(self, ask: Callable[[str], str]) -> None:
         """Go on until the user leaves; `ask` shows a prompt and returns a line, or raises `EOFError`."""
         self._tell("loading the model")
         self._speaker.load()
         self._tell(f"{self._who()}; /help tells the commands")
-        while True:
-            try:
-                line = ask("> ").strip()
-                if line == "/quit":
-                    return
+        with self._hearing():
+            while (line := self._asked(ask)) != "/quit":
                 if line.startswith("/") and not line.startswith("//"):
                     self._command(line)
                 elif line:
                     self._answer(line.removeprefix("/") if line.startswith("//") else line)
-            except EOFError:
-                return
-            except KeyboardInterrupt:  # at the prompt, or in the moment before
-                self._tell("\n(/quit leaves)")
+
+    def _asked(self, ask: Callable[[str], str]) -> str:
+        """What the user says; nothing if he pressed Ctrl-C instead, and /quit if he has left."""
+        try:
+            self._asking = True
+            try:
+                if self._stop.is_set():  # in the moment before
+                    raise KeyboardInterrupt
+                return ask("> ").strip()
+            finally:
+                self._asking = False
+        except EOFError:
+            return "/quit"
+        except KeyboardInterrupt:
+            self._tell("\n(/quit leaves)")
+            self._stop.clear()
+            return ""
+
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        """Let Ctrl-C stop an answer; at the prompt, and only there, the first of several is an exception."""
+
+        def heard(_number: int, _frame: FrameType | None) -> None:
+            self._stop.set()
+            if self._asking:
+                self._asking = False
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, heard)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _command(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
@@ -72,25 +100,23 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         self._said.append({"role": "user", "content": line})
-        stop = threading.Event()
         try:
-            with _interrupting(stop):
-                self._said.append({"role": "assistant", "content": self._streamed(stop)})
+            self._said.append({"role": "assistant", "content": self._streamed(self._stop)})
         except BrokenPipeError:
             raise
         except Exception as e:  # noqa: BLE001 - a template, a tokenizer or a GPU that fails once is no reason to leave
             self._said.pop()
             self._tell(f"(no answer: {type(e).__name__}: {e})")
             return
+        stopped = self._stop.is_set()
+        self._stop.clear()  # Ctrl-C is for the prompt again
         self._turn += 1
-        self._tell(" (stopped)" if stop.is_set() else "")  # Ctrl-C is for the prompt again by now
+        self._tell(" (stopped)" if stopped else "")
 
     def _streamed(self, stop: threading.Event) -> str:
         """Say the answer to what was said so far, and return it."""
         prompt, said = self._fitting(), ""
         room = self._speaker.context - len(prompt)
-        if room < 1:
-            raise ValueError(f"that is too long: the model reads {self._speaker.context} tokens")
         how = self._how.model_copy(update={"max_tokens": min(self._how.max_tokens, room)})
         for part in self._speaker.stream(prompt, how, self._how.seed + self._turn, stop):
             said += part
@@ -99,10 +125,17 @@ class Chat:
         return said
 
     def _fitting(self) -> list[int]:
-        """The tokens of the conversation, without its oldest turns if it has become too long."""
+        """The tokens of the conversation, without its oldest turns if it has become too long.
+
+        Raises `ValueError` if the newest question alone is, and forgets nothing for that.
+        """
+        context = self._speaker.context
+        if (alone := len(self._speaker.prompt(self._said[-1:]))) >= context:
+            raise ValueError(f"that is too long: it has {alone} tokens, and the model reads {context}")
+        room = min(self._how.max_tokens, context // _ANSWERED)
         while True:
             prompt = self._speaker.prompt(self._said)
-            if len(prompt) + self._how.max_tokens <= self._speaker.context or len(self._said) == 1:
+            if len(prompt) + room <= context or len(self._said) == 1:
                 return prompt
             del self._said[:2]
             self._tell("(the oldest question and its answer are forgotten: the model reads no more)")
@@ -110,17 +143,3 @@ class Chat:
     def _tell(self, text: str) -> None:
         self._out.write(f"{text}\n")
         self._out.flush()
-
-
-@contextmanager
-def _interrupting(stop: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C set `stop` instead of ending the program."""
-
-    def heard(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, heard)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -36,7 +36,7 @@ def test_each_adapter_computes_what_it_does_alone_whatever_is_beside_it(
     together = adapted.load(adapters.plain(base), {name: tmp_path / name for name in order})
 
     for name in order:
-        together.set_adapter(name)
+        together.set_adapter(adapted.called(name))
         torch.testing.assert_close(adapters.logits(together), alone[name])
     with together.disable_adapter():
         torch.testing.assert_close(adapters.logits(together), adapters.logits(adapters.plain(base)))
@@ -65,3 +65,23 @@ def test_two_vocabularies_of_other_sizes_are_an_error_with_both(base: Path, tmp_
 
     with pytest.raises(errors.ModelError, match=r"\(to-43 43, to-44 44 tokens\): load them one by one"):
         adapted.load(adapters.plain(base), {f"to-{tokens}": tmp_path / f"to-{tokens}" for tokens in (43, 44)})
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_adapters_that_do_not_work_beside_each_other_are_an_error(base: Path, tmp_path: Path) -> None:
+    """PEFT loads them, and fails with the first question."""
+    adapters.adapter(adapters.plain(base), tmp_path / "whole", **GROWN)
+    adapters.adapter(adapters.plain(base), tmp_path / "tokens", **TOKENS)
+
+    with pytest.raises(errors.ModelError, match=r"the adapter tokens in .* cannot be used beside the others \(perhaps"):
+        adapted.load(adapters.plain(base), {name: tmp_path / name for name in ("tokens", "whole")})
+
+
+@pytest.mark.parametrize("name", ["v1.0", "keys", "a b", "ü"])
+def test_an_adapter_is_called_as_its_user_likes(name: str, base: Path, tmp_path: Path) -> None:
+    """Whatever names modules of torch may have."""
+    expected = adapters.logits(adapters.adapter(adapters.plain(base), tmp_path / "one", **PLAIN))
+
+    made = adapted.load(adapters.plain(base), {name: tmp_path / "one"})
+
+    torch.testing.assert_close(adapters.logits(made), expected)

@@ -18,7 +18,7 @@ from conftest import command, files
 from safetensors.torch import load_file, save_file
 
 from job import card, cluster, config, errors, examine, inputs, merge
-from job.examine import judge, look
+from job.examine import judge, look, plain
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -219,6 +219,26 @@ def test_what_can_be_opened_and_not_measured_is_said(kind: str, tmp_path: Path, 
 
     assert "RuntimeError: no" in told["left"]["merged"]
     assert "the merged model: could not be looked at" in said()
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("unable to mmap 269060552 bytes from file: Cannot allocate memory (12)"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+    ids=str,
+)
+def test_a_lack_of_memory_says_nothing_about_the_model(error: Exception, memory: bool) -> None:  # noqa: FBT001 - a parameter
+    """Libraries have many words for it."""
+    assert plain._of_memory(error) is memory
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_an_error_unless_the_base_has_it(

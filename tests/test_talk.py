@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,9 +27,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import config, errors, generate, manifest, paths, pull, storage
+from job.chat import Chat
 from job.cli import talk
 from job.cli.program import Program
-from job.model import tokenizer
+from job.model import tokenizer, weights
 from job.model.talk import Speaker
 from job.prepare import formats, records
 from job.prepare.tokens import Renderer, Row
@@ -347,6 +350,9 @@ def test_answers_that_were_changed_are_neither_believed_nor_overwritten(
         pytest.param(
             ("--temperature", "-1"), "--temperature -1.0: input should be greater than or equal", marks=pytest.mark.slow
         ),
+        pytest.param(
+            ("--temperature", "1e-40"), "must be 0, which is always the likeliest token, or", marks=pytest.mark.slow
+        ),
         pytest.param(("--out", "."), "--out . is a folder: give the name of a file in it too", marks=pytest.mark.slow),
         pytest.param(("--prompt", "b"), "give either --prompt, or --input and --out", marks=pytest.mark.slow),
         pytest.param(("--adapter", "nowhere"), "has no adapter_config.json and adapter_", marks=pytest.mark.slow),
@@ -471,6 +477,99 @@ def test_what_speaks_is_what_was_asked_for(
     assert speaker.adapters == names
 
 
+def test_a_question_that_is_too_long_is_said_so_and_nothing_is_forgotten(base: Path) -> None:
+    """It alone is not answered."""
+    told = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**told, "max_position_embeddings": 160}))
+    speaker = Speaker(base, config.Model(base=base.as_uri(), quantization="none"), {})
+    lines = iter(["Hi", "And?", "why " * 200, "Why?"])
+    out = io.StringIO()
+
+    def ask(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    chat = Chat(speaker, config.Sampling(temperature=0, max_tokens=2), out)
+    chat.run(ask)
+
+    assert "(no answer: ValueError: that is too long: it has 816 tokens, and the model reads 160)" in out.getvalue()
+    assert [each["content"] for each in chat._said if each["role"] == "user"] == ["Hi", "And?", "Why?"]
+    assert "forgotten" not in out.getvalue()
+
+
+def test_answers_that_may_be_longer_than_the_context_leave_room_for_what_was_said(base: Path) -> None:
+    """They can count on a quarter of it; the oldest turns are forgotten when more is said."""
+    told = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**told, "max_position_embeddings": 200}))
+    speaker = Speaker(base, config.Model(base=base.as_uri(), quantization="none"), {})
+    chat = Chat(speaker, config.Sampling(max_tokens=500), io.StringIO())
+    turns = [{"role": ("user", "assistant")[number % 2], "content": f"turn {number}"} for number in range(11)]
+
+    chat._said = turns[:3]
+    assert chat._fitting() == speaker.prompt(turns[:3])
+    chat._said = list(turns)
+    fitting = chat._fitting()
+
+    assert len(fitting) <= 150
+    assert len(chat._said) > 3
+    assert chat._said[-1] == turns[-1]
+    assert fitting == speaker.prompt(chat._said)
+
+
+def test_a_byte_that_is_no_text_ends_no_conversation(base: Path, tmp_path: Path) -> None:
+    """What is piped in may be anything."""
+    talking = command("chat", *of(base, tmp_path), *GREEDY)
+    outcome = subprocess.run(
+        list(map(str, talking)), input=b"caf\xe9\n/reset\n", capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert b"(forgotten)" in outcome.stdout
+    assert b"no answer" not in outcome.stdout
+
+
+def test_settings_that_lie_beside_the_base_do_not_change_how_answers_are_drawn(base: Path) -> None:
+    """They may ask for beams, lists, other ends and hurry; what is asked for here is all that counts, but the end."""
+    plain = config.Model(base=base.as_uri(), quantization="none")
+    how = config.Sampling(temperature=0, max_tokens=8)
+    asked = [{"role": "user", "content": ASKED}]
+    speaker = Speaker(base, plain, {})
+    expected = speaker.answers([speaker.prompt(asked)], how, 1)
+    told = {"num_beams": 4, "return_dict_in_generate": True, "num_return_sequences": 2, "stop_strings": ["a"],
+            "max_time": 1e-9, "prompt_lookup_num_tokens": 3, "min_new_tokens": 30}  # fmt: skip
+    (base / "generation_config.json").write_text(json.dumps(told))
+
+    other = Speaker(base, plain, {})
+
+    assert other.answers([other.prompt(asked)], how, 1) == expected
+    assert "".join(other.stream(other.prompt(asked), how, 1, threading.Event())) == expected[0].text
+
+
+def test_an_answer_is_over_at_a_string_with_a_special_token(base: Path) -> None:
+    """Of which the text shows nothing."""
+    speaker = Speaker(base, config.Model(base=base.as_uri(), quantization="none"), {})
+    special = next(token for token in speaker.words.all_special_tokens if token != speaker.words.eos_token)
+    ids = speaker.words(f"Hello{special}user and more", add_special_tokens=False)["input_ids"]
+    speaker.load()
+
+    answer = speaker._answer(ids, config.Sampling(stop=(f"{special}user",)))
+
+    assert (answer.text, answer.ended) == ("Hello", True)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_base_of_odd_widths_answers(quantization: str, tmp_path: Path) -> None:
+    """Kernels for some processors want tiles."""
+    base = adapters.base(tmp_path / "base", tied=False, hidden_size=48)
+
+    network = weights.for_answering(base, config.Model(base=base.as_uri(), quantization=quantization))
+
+    assert torch.isfinite(adapters.logits(network)).all()
+
+
 @pytest.mark.slow
 def test_the_result_of_a_run_is_talked_to_by_its_url(tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
     """By its adapter over the base as it was trained, or by its merged model."""
@@ -508,6 +607,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(base: Path, tmp_path: Path) 
     until(r"\(stopped\)")
     os.write(terminal, b"\x03")
     until(r"\(/quit leaves\)")
+    for _ in range(5):  # pressed in a hurry
+        os.write(terminal, b"\x03\x03")
+    os.write(terminal, b"\x03/reset\n")
+    until(r"\(forgotten\)")
     os.write(terminal, b"/quit\n")
 
     with contextlib.suppress(OSError):  # a terminal that nobody has any more

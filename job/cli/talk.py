@@ -1,6 +1,7 @@
 """The commands `chat` and `generate`: the result of a run, or any model, answers."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -66,7 +67,9 @@ def chat(program: Program, /, debug: bool, **given: Any) -> None:  # noqa: ANN40
 
         how = _sampling(given)
         speaker, _ = _speaker(program, given, after)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # it stops an answer, and not the program
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # one byte that is no text is no reason to leave
         if sys.stdin.isatty():
             import readline  # noqa: F401 - gives `input` a history, and keys that edit
         with _left_alone():

@@ -4,16 +4,24 @@ import json
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from job import errors
 from job.config.section import Section
+
+_LEAST = 0.01  # below, what is divided by it overflows
+
+
+def _warm(temperature: float) -> float:
+    if 0 < temperature < _LEAST:
+        raise ValueError(f"must be 0, which is always the likeliest token, or at least {_LEAST}")
+    return temperature
 
 
 class Sampling(Section):
     """How each next token is chosen, and when an answer is over; the defaults are those of the QLoRA tutorial."""
 
-    temperature: Annotated[float, Field(ge=0)] = 0.7
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_warm)] = 0.7
     """0: always the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Among the likeliest tokens that have this share of the probability together."""

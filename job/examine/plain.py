@@ -174,8 +174,10 @@ def _rows(network: Network) -> int:
 
 
 def _of_memory(error: Exception) -> bool:
-    told = isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    return told or "can't allocate memory" in str(error)  # of the CPU, for which torch has no kind of its own
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    told = str(error).lower()  # torch has no kind of its own for the CPU, and none for some libraries of CUDA
+    return any(each in told for each in ("can't allocate memory", "cannot allocate memory", "out of memory"))
 
 
 def _how(model: dict[str, Any]) -> dict[str, Any]:

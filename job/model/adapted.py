@@ -16,21 +16,37 @@ Network: TypeAlias = Any  # each family has a class of its own
 
 
 def load(network: Network, folders: Mapping[str, Path]) -> Network:
-    """`network` with the adapters in `folders`, by their names; where those changed its vocabulary, its is changed too.
+    """`network` with the adapters in `folders`; where those changed its vocabulary, its is changed too.
 
-    Raises `errors.ModelError` if one of them cannot be loaded, or if two changed the vocabulary differently.
+    PEFT calls them by other names (see `called`). Raises `errors.ModelError` if one of them cannot be loaded, or not
+    beside the others.
     """
     _resize(network, folders)
     # One with trained tokens wraps the embedding, and PEFT cannot put one without them on that (KeyError in 0.21).
     for name in sorted(folders, key=lambda name: _has_tokens(folders[name])):
         try:
             if isinstance(network, PeftModel):
-                network.load_adapter(str(folders[name]), adapter_name=name)
+                network.load_adapter(str(folders[name]), adapter_name=called(name))
             else:
-                network = PeftModel.from_pretrained(network, str(folders[name]), adapter_name=name)
+                network = PeftModel.from_pretrained(network, str(folders[name]), adapter_name=called(name))
+            if len(folders) > 1:
+                _try(network, name)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
-            raise errors.ModelError(f"the adapter {name} in {folders[name]} cannot be loaded on this base: {e}") from e
+            where = "on this base" if len(folders) == 1 else "beside the others (perhaps alone)"
+            raise errors.ModelError(f"the adapter {name} in {folders[name]} cannot be used {where}: {e}") from e
     return network
+
+
+def called(name: str) -> str:
+    """What PEFT calls the adapter: the names of its modules must not be just anything."""
+    return f"adapter-{name.encode().hex()}"
+
+
+@torch.no_grad()
+def _try(network: Network, name: str) -> None:
+    """Have one token read: some that PEFT loads beside others do not work there."""
+    network.set_adapter(called(name))
+    network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=network.device))
 
 
 def _resize(network: Network, folders: Mapping[str, Path]) -> None:

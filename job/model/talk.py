@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from transformers import (
+    GenerationConfig,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -98,6 +99,10 @@ class Speaker:
         network: Network = weights.for_answering(self._base, self._settings)
         if self._folders:
             network = adapted.load(network, self._folders)
+        # How answers are drawn is told here alone: a base's own settings may cut them, or make them lists.
+        told = network.generation_config
+        kept = {name: getattr(told, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        network.generation_config = GenerationConfig(**kept)  # type: ignore[no-untyped-call]
         return network.eval()
 
     def load(self) -> None:
@@ -181,7 +186,7 @@ class Speaker:
             off: contextlib.AbstractContextManager[Any] = self._network.disable_adapter()
             return off
         if self.adapter is not None:
-            self._network.set_adapter(self.adapter)
+            self._network.set_adapter(adapted.called(self.adapter))
         return contextlib.nullcontext()
 
     def _given(self, ids: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -207,7 +212,10 @@ class Speaker:
         whole = str(self.words.decode(ids[:said]))
         found = min((at for stop in how.stop if (at := whole.find(stop)) >= 0), default=None)
         text = str(self.words.decode(ids[:said], skip_special_tokens=True))
-        cut = min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=len(text))
+        cut = min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=None)
+        if found is not None and cut is None:  # at a special token
+            before = next(count for count in range(said, -1, -1) if len(self.words.decode(ids[:count])) <= found)
+            text = str(self.words.decode(ids[:before], skip_special_tokens=True))
         return Answer(text[:cut], said, ended or found is not None)
 
     def _ends(self) -> list[int]:

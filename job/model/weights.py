@@ -1,5 +1,6 @@
 """The base model: quantized and frozen to train on."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from job.model import parts, pieces, prequantized
 from job.model.pieces import Pieces
 from job.model.prequantized import Scheme, linear
 
+_BLOCK = 64  # a side of the tiles in which 4-bit weights are repacked
 # What transformers raises for a model that it cannot load.
 _UNUSABLE = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)
 
@@ -49,7 +51,7 @@ def for_training(base: Path, settings: config.Model, *, shared: bool = False) ->
         base, described, settings, dtype=dtype, quantization_config=quantized,
         device_map=None if is_deepspeed_zero3_enabled() else {"": _device()},  # type: ignore[no-untyped-call]
     )  # fmt: skip
-    _keep_differentiable(loaded)
+    _keep_plain(_packed(loaded))
     return loaded
 
 
@@ -61,7 +63,10 @@ def for_answering(base: Path, settings: config.Model) -> PreTrainedModel:
     dtype = compute_dtype(settings.compute_dtype)
     how = _quantization(settings, described, dtype, shared=False)
     where = "auto" if torch.cuda.is_available() else {"": "cpu"}
-    return _load(base, described, settings, dtype=dtype, quantization_config=how, device_map=where)
+    loaded = _load(base, described, settings, dtype=dtype, quantization_config=how, device_map=where)
+    odd = (layer for layer in _packed(loaded) if layer.in_features % _BLOCK or layer.out_features % _BLOCK)
+    _keep_plain(odd)  # which the kernels for AVX512-BF16 cannot compute
+    return loaded
 
 
 def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces] | None:
@@ -74,7 +79,7 @@ def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces
     files.call_as(found)
     if _kept_apart(found) or _turned(found) or not files.fit(found):
         return None
-    _keep_differentiable(found)
+    _keep_plain(_packed(found))
     return found, files
 
 
@@ -188,15 +193,18 @@ def _attention(settings: config.Model) -> str | None:
     return None if settings.attention == "auto" else settings.attention
 
 
-def _keep_differentiable(network: PreTrainedModel) -> None:
+def _packed(network: PreTrainedModel) -> list[bnb.nn.Linear4bit]:
+    return [module for module in network.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def _keep_plain(layers: Iterable[bnb.nn.Linear4bit]) -> None:
     """Stop bitsandbytes 0.50 from repacking 4-bit weights for inference at the first evaluation on an AVX512-BF16 CPU.
 
-    The layer then computes with an operator that has no gradient, and training goes on with a part of its gradients
+    A layer then computes with an operator that has no gradient, and training goes on with a part of its gradients
     silently missing (bitsandbytes/nn/modules.py, Linear4bit.forward; autograd/_functions.py, matmul_4bit).
     """
-    for module in network.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _device() -> int | str:
