@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import adapters
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import command, files
 from safetensors.torch import load_file, save_file
@@ -39,13 +41,14 @@ def models(tiny_model: Path, tmp_path: Path) -> examine.Models:
 
 
 def looked(
-    models: examine.Models, scratch: Path, minutes: float = 5, figures: Path | None = None, quantization: str = "none"
-) -> dict[str, object]:
+    models: examine.Models, scratch: Path, minutes: float = 5, figures: Path | None = None, quantization: str = "none",
+    **more: object,
+) -> dict[str, object]:  # fmt: skip
     """What is seen of the models with the examples in `figures`, if there are any."""
     model = {"base": models.base.as_uri(), "quantization": quantization}
     order = config.Merging.model_validate(
         {"run": {"name": "m", "url": "file:///out"}, "model": model, "adapter": {"url": models.adapter.as_uri()},
-         "examine": {"minutes": minutes}}
+         "examine": {"minutes": minutes}, **more}
     )  # fmt: skip
     return examine.results(models, order, figures, scratch, ())
 
@@ -170,6 +173,72 @@ def test_a_merged_model_that_is_not_what_was_trained_is_an_error(
         looked(damaged(models, how), tmp_path / "scratch")
 
 
+def judged(folder: Path, made: torch.Tensor, wanted: torch.Tensor, numbers: str, name: str = "adapted") -> object:
+    """What is said of a merged model whose logits are those that are `made`; those of the base are zero."""
+    before = torch.randn(64, 200, generator=torch.manual_seed(0))
+    save_file({"logits": before + made}, folder / "merged.safetensors")
+    save_file({"logits": before + wanted, "before": before}, folder / f"{name}.safetensors")
+    opened = {"tokenizer": {"tokens": 9, "ids": [], "texts": [], "chat": ""}, "rows": 9, "class": "Llama", "loss": 1.0}
+    found = {
+        "merged": {**opened, "name": "merged"},
+        name: {**opened, "name": name, "loss_before": 2.0},
+    }
+    return judge.judged(found, "float32", None, [], folder, judge.Standard(name, numbers))["off"]
+
+
+@pytest.mark.parametrize("name", ["adapted", "trained"])
+@pytest.mark.parametrize(
+    ("figures", "numbers", "good"),
+    [
+        ((0.04, 1.0, 0.015), "float32", True),
+        ((0.04, 0.0, 0.0), "float32", False),
+        ((0.45, 0.9, 0.17), "float32", False),
+        ((0.23, 1.0, 0.06), "bfloat16", True),
+        ((0.23, 0.0, 0.0), "bfloat16", False),
+        ((0.004, 0.3, 0.003), "float32", True),
+        ((0.37, 0.97, 0.24), "int8", True),
+        ((0.37, 0.0, 0.24), "int8", False),
+        ((0.37, 1.0, float("nan")), "float32", False),
+    ],
+    ids=["good", "the base", "one layer lacks", "bfloat16", "the base in bfloat16", "faint", "int8", "the base in int8",
+         "nan"],
+)  # fmt: skip
+def test_a_merged_model_does_what_the_adapter_does(
+    figures: tuple[float, float, float], numbers: str, good: bool, name: str, tmp_path: Path,  # noqa: FBT001 - a parameter
+    said: Callable[[], str],
+) -> None:  # fmt: skip
+    """What it makes, how much of that is there, and noise: it is not only little that is wrong, but nothing lacks."""
+    effect, has, noise = figures
+    way, other = (torch.randn(64, 200, generator=torch.manual_seed(seed)) for seed in (1, 2))
+    wanted, made = way * effect, way * effect * has + other * noise
+
+    if good:
+        assert judged(tmp_path, made, wanted, numbers, name) == pytest.approx(
+            math.hypot(effect * (1 - has), noise), rel=0.1
+        )
+        assert ("rounding hides whether the merged model has it" in said()) == (has < 0.5)
+    else:
+        with pytest.raises(errors.ModelError, match="does not compute what the base with the adapter does"):
+            judged(tmp_path, made, wanted, numbers, name)
+
+
+def test_a_merge_into_what_was_quantized_is_held_against_that(tiny_model: Path, tmp_path: Path) -> None:
+    """It is as far from the original base with the adapter as quantization is, and that is no fault."""
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 8}
+    adapters.adapter(adapters.plain(tiny_model), tmp_path / "adapter", **targets)
+    given = inputs.Base(tiny_model.as_uri(), tiny_model, "its digest")
+    model = config.Model(base=tiny_model.as_uri(), compute_dtype="float32")
+    made = merge.folder(given, tmp_path / "adapter", model, config.Merge(base="dequantized"), tmp_path / "m" / "m")
+
+    seen = looked(
+        examine.Models(tiny_model, tmp_path / "adapter", made, lambda: None), tmp_path / "scratch",
+        quantization="nf4", merge={"base": "dequantized"},
+    )  # fmt: skip
+
+    assert seen["class"] == "LlamaForCausalLM"
+    assert float(str(seen["off"])) < 0.05 < float(str(seen["effect"]))
+
+
 def test_what_does_not_fit_into_memory_is_said(
     models: examine.Models, tmp_path: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +284,9 @@ def test_what_can_be_opened_and_not_measured_is_said(kind: str, tmp_path: Path, 
     """A disk that is full, or memory: the merged model is none the worse for it."""
     opened = {"tokenizer": {"tokens": 9, "ids": [], "chat": ""}, "rows": 9, "class": "Llama"}
 
-    told = judge.judged({"merged": {**opened, kind: "RuntimeError: no"}}, "float32", None, [], tmp_path)
+    told = judge.judged(
+        {"merged": {**opened, kind: "RuntimeError: no"}}, "float32", None, [], tmp_path, judge.Standard()
+    )
 
     assert "RuntimeError: no" in told["left"]["merged"]
     assert "the merged model: could not be looked at" in said()
@@ -247,9 +318,9 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_an_error_unless_the_base_has_
     """Published bases are like that; a merge must not make one so."""
     opened = {"tokenizer": {"tokens": 9, "ids": [], "chat": ""}, "rows": 8, "failed": "left out"}
     with pytest.raises(errors.ModelError, match="its tokenizer has 9 tokens, and its embedding 8 rows"):
-        judge.judged({"merged": opened}, "float32", None, [], tmp_path)
+        judge.judged({"merged": opened}, "float32", None, [], tmp_path, judge.Standard())
 
-    judge.judged({"merged": opened, "adapted": opened}, "float32", None, [], tmp_path)
+    judge.judged({"merged": opened}, "float32", None, [], tmp_path, judge.Standard(short=True))
 
     assert "is like its base, which cannot read all of its tokens" in said()
 

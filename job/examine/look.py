@@ -64,7 +64,9 @@ def _looked(
     had: Means, scratch: Path,
 ) -> dict[str, Any]:  # fmt: skip
     folders = {"merged": models.merged, "other": models.other() if models.merged and held else None}
-    names = [*(name for name, path in folders.items() if path), *adapted]
+    like = "trained" if settings.merge.base == "dequantized" else "adapted"  # what the merged model should be like
+    first = [name for name in ("merged", like) if name in adapted or folders.get(name)]
+    names = [*first, *(name for name in ("other", *adapted) if name not in first and folders.get(name, models.base))]
     examples = list(_read(held, had.read))
     if any("images" in each for each in examples):
         _show(examples, models, settings, scratch)
@@ -83,7 +85,7 @@ def _looked(
     plain = [{key: each.get(key) for key in ("ids", "labels", "seen")} for each in examples]
     asking = {"examples": plain, "models": asked}
     found, left = _answers(asking, scratch, settings.examine.minutes)
-    told = judge.judged(found, had.dtype, held, prompts, scratch)
+    told = judge.judged(found, had.dtype, held, prompts, scratch, _standard(like, had.dtype, models, settings.model))
     told["left"] |= left
     if models.merged and "adapted" not in adapted:
         told["left"]["adapted"] = "the base comes quantized, and transformers alone cannot load it with an adapter"
@@ -95,6 +97,15 @@ def _looked(
         other = "original" if settings.merge.base == "dequantized" else "dequantized"
         told["bases"] = {"merged": settings.merge.base, "other": other}
     return told
+
+
+def _standard(like: str, dtype: str, models: Models, settings: config.Model) -> judge.Standard:
+    """What the merged model should be like: the base with the adapter, by its tokenizer."""
+    described, _ = weights.describe(models.base, settings)
+    words = tokenizer.load(tokenizer.home(models.adapter, models.base), trust_remote_code=settings.trust_remote_code)
+    rows = getattr(described.get_text_config(), "vocab_size", None)
+    numbers = "int8" if like == "trained" and settings.quantization == "int8" else dtype
+    return judge.Standard(like, numbers, short=rows is not None and len(words) > rows)
 
 
 def _show(

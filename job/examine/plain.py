@@ -80,7 +80,8 @@ def words(model: dict[str, Any]) -> dict[str, Any]:
     """What the tokenizer makes of some text, and of a question."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
     ids = [tokenizer(text)["input_ids"] for text in SENTENCES]
-    asked = [{"role": "user", "content": SENTENCES[0]}]
+    roles = ("user", "assistant")
+    asked = [{"role": roles[place % 2], "content": text} for place, text in enumerate(SENTENCES)]
     chat = ""
     if tokenizer.chat_template:
         chat = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
@@ -139,11 +140,12 @@ def answers(network: Network, model: dict[str, Any]) -> list[str]:
             made.append("")
             continue
         ids = torch.tensor([prompt["ids"]], device=network.device)
-        given = network.generate(
+        given: Any = network.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=room,
             temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.eos_token_id,
             **seen(network, prompt),
         )  # fmt: skip
+        given = getattr(given, "sequences", given)  # some bases ask for more than that
         made.append(str(tokenizer.decode(given[0, len(prompt["ids"]) :], skip_special_tokens=True)))
     return made
 
