@@ -238,6 +238,8 @@ def test_a_merged_model_that_is_not_what_a_run_sealed_is_an_error(
     """Nothing without its manifest is believed, or with another; a model of somebody else has none to be believed."""
     of_a_run(base)
     pull.base(base.as_uri(), cache)
+    (base / "README.md").write_text("what its owner says of it")
+    pull.base(base.as_uri(), cache)
     spoil(base)
 
     with pytest.raises(errors.CorruptError, match=f"{base.as_uri()} {told}"):

@@ -102,10 +102,10 @@ def _looked(
 def _standard(like: str, dtype: str, models: Models, settings: config.Model) -> judge.Standard:
     """What the merged model should be like: the base with the adapter, by its tokenizer."""
     described, _ = weights.describe(models.base, settings)
-    words = tokenizer.load(tokenizer.home(models.adapter, models.base), trust_remote_code=settings.trust_remote_code)
+    tokens = tokenizer.count(tokenizer.home(models.adapter, models.base), trust_remote_code=settings.trust_remote_code)
     rows = getattr(described.get_text_config(), "vocab_size", None)
     numbers = "int8" if like == "trained" and settings.quantization == "int8" else dtype
-    return judge.Standard(like, numbers, short=rows is not None and len(words) > rows)
+    return judge.Standard(like, numbers, short=rows is not None and tokens > rows)
 
 
 def _show(

@@ -31,7 +31,7 @@ def load(network: Network, folders: Mapping[str, Path]) -> Network:
                 network = PeftModel.from_pretrained(network, str(folders[name]), adapter_name=called(name))
             if len(folders) > 1:
                 _try(network, name)
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
+        except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as e:
             where = "on this base" if len(folders) == 1 else "beside the others (perhaps alone)"
             raise errors.ModelError(f"the adapter {name} in {folders[name]} cannot be used {where}: {e}") from e
     return network

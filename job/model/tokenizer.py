@@ -39,15 +39,7 @@ def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False)
     An instruction template is a chat template like any other: saved with the model, and used to talk to it.
     Raises `errors.ModelError` if it cannot be loaded or lacks what training needs.
     """
-    from transformers import AutoTokenizer  # late: a start that finds its data prepared needs none
-
-    try:
-        loaded = cast(
-            "PreTrainedTokenizerBase",
-            AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True),
-        )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as e:
-        raise errors.ModelError(f"model.base: the tokenizer in {base} cannot be loaded: {e}") from e
+    loaded = _read(base, trust_remote_code=trust_remote_code)
     if not loaded.is_fast:
         raise errors.ModelError(
             f"model.base: {base} has no fast tokenizer (tokenizer.json), which is needed to find the trained tokens"
@@ -61,6 +53,23 @@ def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False)
         loaded.chat_template = _apart(apart)
     _choose(loaded, template, base)
     return loaded
+
+
+def count(base: Path, *, trust_remote_code: bool = False) -> int:
+    """How many tokens the tokenizer in the folder `base` has, of which nothing else is asked."""
+    return len(_read(base, trust_remote_code=trust_remote_code))
+
+
+def _read(base: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer  # late: a start that finds its data prepared needs none
+
+    try:
+        return cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True),
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as e:
+        raise errors.ModelError(f"model.base: the tokenizer in {base} cannot be loaded: {e}") from e
 
 
 def _apart(file: Path) -> str:
