@@ -593,24 +593,26 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(base: Path, tmp_path: Path) 
         os.execv(talking[0], [str(word) for word in talking])  # noqa: S606 - ours
     shown = ""
 
-    def until(pattern: str) -> None:
+    def until(pattern: str, pressed: bytes = b"") -> None:
+        """Read until that is shown; press what is to be `pressed` every now and then, as its user would."""
         nonlocal shown
-        ends = time.monotonic() + 60
+        ends, pause = time.monotonic() + 60, 5 if pressed else 60
+        os.write(terminal, pressed)
         while not re.search(pattern, shown):
-            assert select.select([terminal], [], [], max(0, ends - time.monotonic()))[0], shown
-            shown += os.read(terminal, 1000).decode(errors="replace")
+            assert time.monotonic() < ends, shown
+            if select.select([terminal], [], [], pause)[0]:
+                shown += os.read(terminal, 1000).decode(errors="replace")
+            else:  # GNU readline does not hear a signal of the moment before it listens
+                os.write(terminal, pressed)
 
     until("/help tells the commands")
     os.write(terminal, b"Talk!\n")
     until(r"Talk!\r\n.{20}")
-    os.write(terminal, b"\x03")
-    until(r"\(stopped\)")
-    os.write(terminal, b"\x03")
-    until(r"\(/quit leaves\)")
+    until(r"\(stopped\)", b"\x03")
+    until(r"\(/quit leaves\)", b"\x03")
     for _ in range(5):  # pressed in a hurry
         os.write(terminal, b"\x03\x03")
-    os.write(terminal, b"\x03/reset\n")
-    until(r"\(forgotten\)")
+    until(r"\(forgotten\)", b"/reset\n")
     os.write(terminal, b"/quit\n")
 
     with contextlib.suppress(OSError):  # a terminal that nobody has any more
