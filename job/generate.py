@@ -103,8 +103,8 @@ class Place:
         if blob is None:
             return False
         told: dict[str, Any] = {}
-        with contextlib.suppress(ValueError):
-            told = json.loads(mark.data) if mark else {}
+        with contextlib.suppress(ValueError, TypeError):
+            told = dict(json.loads(mark.data)) if mark else {}
         if told.get("sha256") != manifest.sha256_of(blob.data):
             raise errors.ConfigError(
                 f"--out: {self.url} is there, and not as it was written here, if it was: remove it, or give another "

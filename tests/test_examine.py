@@ -192,6 +192,7 @@ def judged(folder: Path, made: torch.Tensor, wanted: torch.Tensor, numbers: str,
     [
         ((0.04, 1.0, 0.015), "float32", True),
         ((0.04, 0.0, 0.0), "float32", False),
+        ((0.04, 2.0, 0.0), "float32", False),
         ((0.45, 0.9, 0.17), "float32", False),
         ((0.23, 1.0, 0.06), "bfloat16", True),
         ((0.23, 0.0, 0.0), "bfloat16", False),
@@ -200,8 +201,8 @@ def judged(folder: Path, made: torch.Tensor, wanted: torch.Tensor, numbers: str,
         ((0.37, 0.0, 0.24), "int8", False),
         ((0.37, 1.0, float("nan")), "float32", False),
     ],
-    ids=["good", "the base", "one layer lacks", "bfloat16", "the base in bfloat16", "faint", "int8", "the base in int8",
-         "nan"],
+    ids=["good", "the base", "twice", "one layer lacks", "bfloat16", "the base in bfloat16", "faint", "int8",
+         "the base in int8", "nan"],
 )  # fmt: skip
 def test_a_merged_model_does_what_the_adapter_does(
     figures: tuple[float, float, float], numbers: str, good: bool, name: str, tmp_path: Path,  # noqa: FBT001 - a parameter
