@@ -102,6 +102,7 @@ def test_a_run_ends_well_for_a_user_that_nobody_knows(
     assert named.stdout.startswith("job "), named.stderr
 
 
+@pytest.mark.timeout(1800)  # the image may have to be built first
 def test_the_smoke_run_works_in_the_container(image: Image, smol_model: Path, tmp_path: Path) -> None:
     """A real model of 135 million parameters learns real dialogues, with the preset that lies in the image."""
     smoke = tmp_path / ".smoke"
