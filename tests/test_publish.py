@@ -209,14 +209,14 @@ CLAIM = {"made_of": "1", "base": "s3://bucket/base", "adapter_url": "s3://bucket
 
 def published(store: storage.Store, folder: Path, claim: dict[str, str] = CLAIM) -> bool:
     """Whether a merged model had to be published in the place that the claim gets."""
-    with publish.claimed(store, claim) as confirm:
-        if confirm:
+    with publish.claimed(store, claim) as put:
+        if put:
             folder.mkdir(exist_ok=True)
             (folder / "model.safetensors").write_bytes(b"weights" + claim["made_of"].encode())
             (folder / "training.json").write_text(json.dumps(claim))
             manifest.seal(folder)
-            publish.directory(store, folder, "", confirm)
-        return confirm is not None
+            put(folder)
+        return put is not None
 
 
 @pytest.mark.parametrize("kind", ["file", "s3"])
@@ -276,6 +276,61 @@ def test_a_merged_model_keeps_its_place_from_other_merges(tmp_path: Path) -> Non
     assert not published(store, tmp_path / "made")
 
 
+def test_who_has_a_merged_model_may_put_things_beside_it_and_write_about_it(tmp_path: Path) -> None:
+    """A second start finds the model, and leaves all of it as it is."""
+    out = tmp_path / "out"
+    store = storage.connect(out.as_uri())
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "README.md").write_text("a card")
+    assert published(store, made)
+    (out / "README.md").write_text("a card that took three hours")
+    (out / "evals").mkdir()
+    (out / "evals" / "mmlu.json").write_text("{}")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    assert not published(store, made)
+
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda out: (out / "model.safetensors").write_bytes(b"in 4 bits"),
+            "holds model.safetensors, which is not as the merge wrote it: remove it, and it is made again",
+        ),
+        (
+            lambda out: ((out / "model.safetensors").unlink(), (out / "model-Q4_K_M.gguf").write_bytes(b"much")),
+            "holds model-Q4_K_M.gguf, which the merge did not write and would remove: move it",
+        ),
+        (
+            lambda out: ((out / "manifest.json").unlink(), (out / "model-Q4_K_M.gguf").write_bytes(b"much")),
+            "holds model-Q4_K_M.gguf, which the merge did not write and would remove: move it",
+        ),
+    ],
+    ids=["changed", "damaged, and more", "half there, and more"],
+)
+def test_what_somebody_did_to_a_merged_model_is_not_undone(
+    change: Callable[[Path], object], told: str, tmp_path: Path
+) -> None:
+    """To make it again would lose that; it is made again when that is out of the way."""
+    out = tmp_path / "out"
+    store = storage.connect(out.as_uri())
+    assert published(store, tmp_path / "made")
+    change(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    with pytest.raises(errors.ConfigError, match=re.escape(told)):
+        published(store, tmp_path / "made")
+
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    for name in {entry.key for entry in store.list("")} - {"training.json", "manifest.json"}:
+        store.delete(name)
+    assert published(store, tmp_path / "made")
+
+
 @pytest.mark.parametrize(("error", "left"), [(errors.ModelError, []), (errors.StoreError, ["training.json"])])
 def test_a_claim_of_which_nothing_can_come_is_given_back(
     error: type[Exception], left: list[str], tmp_path: Path
@@ -297,11 +352,11 @@ def test_a_model_is_not_sealed_in_a_place_that_was_taken_meanwhile(tmp_path: Pat
     (tmp_path / "made" / "model.safetensors").write_bytes(b"weights")
     manifest.seal(tmp_path / "made")
 
-    with publish.claimed(store, CLAIM) as confirm:
-        assert confirm
+    with publish.claimed(store, CLAIM) as put:
+        assert put
         store.put("training.json", json.dumps(theirs).encode())
         with pytest.raises(errors.ConfigError, match="is taken by the merge of"):
-            publish.directory(store, tmp_path / "made", "", confirm)
+            put(tmp_path / "made")
 
     assert [entry.key for entry in store.list("")] == ["training.json"]
     assert json.loads((tmp_path / "out" / "training.json").read_text()) == theirs

@@ -242,7 +242,7 @@ def test_a_merged_model_that_is_not_what_a_run_sealed_is_an_error(
     pull.base(base.as_uri(), cache)
     spoil(base)
 
-    with pytest.raises(errors.CorruptError, match=f"{base.as_uri()} {told}"):
+    with pytest.raises(errors.ModelError, match=f"{base.as_uri()} {told}"):
         pull.base(base.as_uri(), cache)
 
     (base / "training.json").unlink()

@@ -52,8 +52,8 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
     what = f"{pull.both(order, disk, after)} {order.model.model_dump_json()} {order.merge.model_dump_json()}"
     claim = {"made_of": paths.digest(what), "base": order.model.base, "adapter_url": order.adapter.url}
     store = storage.checked(store, paths.PROBE, required=order.run.conditional_writes == "required")
-    with publish.claimed(store, claim) as confirm:
-        if confirm:  # it is not there yet
+    with publish.claimed(store, claim) as put:
+        if put:  # it is not there yet
             given = pull.adapter(order.adapter.url, disk)
             merge.readable(given)  # before gigabytes move
             original = pull.base(order.model.base, disk)
@@ -63,6 +63,6 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
             models = examine.Models(base.path, adapter, merged, lambda: None)
             seen = examine.results(models, order, None, disk.work("seen"), cluster.gpus(environ))
             merge.tell(merged, card.alone(order, base.path, inputs.facts(merged), seen))
-            publish.directory(store, merged, "", confirm)
+            put(merged)
     shutil.rmtree(disk.work(""), ignore_errors=True)
     log.event("merge.end", f"done: the merged model is in {store.url}", status=errors.DONE)

@@ -214,7 +214,8 @@ class _Laid:
 
     def _embeddings(self) -> set[str]:
         held = (self.network.get_input_embeddings(), self.network.get_output_embeddings())  # type: ignore[no-untyped-call]
-        return {name + WEIGHT for name, module in self.network.named_modules() if module in held}
+        layers = [name for name, module in self.network.named_modules() if module in held]
+        return {name + part for name in layers for part in (WEIGHT, BIAS)}  # Phi's head has a bias
 
     def _dtype(self, name: str, source: Source) -> torch.dtype:
         """Numbers with a fraction become `dtype`, but those that the model wants in float32, and its constants."""

@@ -72,6 +72,8 @@ def folder(
     given, made = manifest.of(adapter), facts(adapter)
     out = place.with_name(f"{place.name}-{_made_from(base.digest, given.digest, model, wanted)}")
     if manifest.sealed(out):
+        if claim and not claim.items() <= facts(out).items():  # it was made for another place, or of another copy
+            _put(out, paths.TRAINING, json.dumps({**facts(out), **claim}, indent=1))
         return out
     _belongs(base, adapter, manifest.sha256(adapter / FILE) if FILE in given.files else "")
     read, dtype = Adapter.read(adapter), getattr(torch, wanted.dtype)
@@ -110,9 +112,14 @@ def readable(adapter: Path) -> None:
 
 def tell(folder: Path, text: str) -> None:
     """Put the card `text` into the sealed `folder` of a merged model, and seal it again."""
+    _put(folder, card.NAME, text)
+
+
+def _put(folder: Path, name: str, text: str) -> None:
+    """Write a file of a sealed folder anew, and seal that again."""
     known = {name: file.sha256 for name, file in (manifest.sealed(folder) or manifest.of(folder)).files.items()}
-    (folder / card.NAME).write_text(text, encoding="utf-8")
-    known.pop(card.NAME, None)
+    (folder / name).write_text(text, encoding="utf-8")
+    known.pop(name, None)
     manifest.seal(folder, known)
 
 

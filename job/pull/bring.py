@@ -84,16 +84,16 @@ def adapter(url: str, cache: paths.Cache) -> Path:
 
 
 def _unchanged(found: Found, path: Path, whole: Manifest, what: str) -> None:
-    """Raise `errors.CorruptError` if what a run or a merge published is not what it sealed."""
+    """Raise `errors.ModelError` if what a run or a merge published is not what it sealed."""
     if not {"inputs", "made_of"} & inputs.facts(path).keys():
         return  # others call other things a manifest
     url = found.source.url
     seal = next((entry for entry in found.source.list() if entry.key == manifest.NAME), None)
     if seal is None:
-        raise errors.CorruptError(f"{what}: {url} has no {manifest.NAME}, so it is not whole: {_MEND}")
+        raise errors.ModelError(f"{what}: {url} has no {manifest.NAME}, so it is not whole: {_MEND}")
     told = manifest.parse(storage.read_range(found.source, seal, 0, seal.size), f"{url}/{manifest.NAME}")
     if changed := sorted(name for name, _ in told.files.items() ^ whole.files.items() if not _ABOUT.fullmatch(name)):
-        raise errors.CorruptError(f"{what}: {url} is not what its {manifest.NAME} says, such as {changed[0]}: {_MEND}")
+        raise errors.ModelError(f"{what}: {url} is not what its {manifest.NAME} says, such as {changed[0]}: {_MEND}")
 
 
 def _used(found: Sequence[Found], places: Sequence[Path], cache: paths.Cache, keep: ExitStack) -> None:
