@@ -26,6 +26,8 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
 )
 
 from job import config, errors, inputs, manifest, merge, paths
@@ -149,6 +151,30 @@ def test_a_vocabulary_of_another_size_is_merged_too(
         together = adapted.load(adapters.plain(base), {"one": tmp_path / "adapter"})
     for opened in (alone, together):
         torch.testing.assert_close(adapters.logits(opened), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [37, 43])
+def test_a_bias_of_the_head_has_as_many_rows_as_the_head(tokens: int, tmp_path: Path) -> None:
+    """Phi's has one, and PEFT saves it with the head when that has grown or shrunk."""
+    torch.manual_seed(0)
+    shape = PhiConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    network = PhiForCausalLM(shape)
+    network.lm_head.bias.data.normal_()
+    network.save_pretrained(tmp_path / "base")
+    how: dict[str, object] = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    trained = adapters.adapter(adapters.plain(tmp_path / "base", tokens=tokens), tmp_path / "adapter", **how)
+    asked = torch.arange(37)[None]
+
+    made = adapters.plain(merged(tmp_path / "base", tmp_path / "adapter"))
+    together = adapted.load(adapters.plain(tmp_path / "base"), {"one": tmp_path / "adapter"})
+
+    with torch.no_grad():
+        expected, *found = (each.eval()(asked).logits for each in (trained, made, together))
+    for each in found:
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "some tokens"])
@@ -324,6 +350,22 @@ def test_merging_again_does_nothing(tiny_model: Path, adapter: Path) -> None:
     written = (one / "model.safetensors").stat().st_mtime_ns
 
     assert merged(tiny_model, adapter) == one
+    assert (one / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_merge_that_was_made_for_another_claim_has_that_of_this_start(tiny_model: Path, adapter: Path) -> None:
+    """The start that made it may never have published it, and this one may have found the same model elsewhere."""
+    given = inputs.Base(tiny_model.as_uri(), tiny_model, DIGEST)
+    settings = config.Model(base=tiny_model.as_uri())
+    claims = [{"made_of": number, "base": f"s3://bucket/{number}"} for number in ("1", "2")]
+    place = adapter.parent / "made" / "merged"
+    one = merge.folder(given, adapter, settings, EXACT, place, claims[0])
+    written = (one / "model.safetensors").stat().st_mtime_ns
+
+    assert merge.folder(given, adapter, settings, EXACT, place, claims[1]) == one
+
+    assert claims[1].items() <= json.loads((one / "training.json").read_text()).items()
+    assert manifest.sealed(one) == manifest.of(one)
     assert (one / "model.safetensors").stat().st_mtime_ns == written
 
 
@@ -605,6 +647,34 @@ def test_a_part_of_a_tokenizer_is_none(tiny_model: Path, adapter: Path) -> None:
 
     assert (made / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
     assert not {"special_tokens_map.json", "LICENSE", "train.py"} & files(made)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("inside", [False, True], ids=["base's apart", "base's inside"])
+def test_a_template_without_a_tokenizer_is_spoken_by_the_bases(
+    place: str, inside: bool, tiny_model: Path, adapter: Path, tmp_path: Path  # noqa: FBT001 - a parameter
+) -> None:  # fmt: skip
+    """By the merged model, and by the base with the adapter."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    if inside:
+        told = json.loads((base / "tokenizer_config.json").read_text())
+        told["chat_template"] = (base / "chat_template.jinja").read_text()
+        (base / "tokenizer_config.json").write_text(json.dumps(told))
+        (base / "chat_template.jinja").unlink()
+    for path in (*adapter.glob("tokenizer*"), *adapter.glob("*.jinja")):
+        path.unlink()
+    template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    text = template if place.endswith(".jinja") else json.dumps({"chat_template": template})
+    (adapter / place).write_text(text)
+
+    made = merged(base, adapter)
+
+    for words in (AutoTokenizer.from_pretrained(made), tokenizer.trained_with(adapter, base)):
+        assert words.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False) == "[Why?]"
+        assert words.get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+    told = json.loads((made / "tokenizer_config.json").read_text())
+    assert told.get("chat_template") is None
+    assert [name for name in files(made) if name.startswith("chat_template")] == ["chat_template.jinja"]
 
 
 def test_a_bias_that_the_base_has_no_place_for_is_an_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 from conftest import ROOT, TEMPLATE, files
 from datasets import Dataset
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from job import errors, manifest
 from job.model import tokenizer
@@ -217,6 +218,22 @@ def test_a_conversation_that_cannot_be_trained_is_refused(
 
     with pytest.raises(errors.DataError, match=re.escape(reason)):
         prepared(records("train.jsonl", [record]))
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(
+    tiny_model: Path, prepared: Callable[..., Path], records: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Before a GPU meets it, which would end with an assertion of the device in the first step, again and again."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    words = AutoTokenizer.from_pretrained(base)
+    rows = len(words)
+    words.add_tokens(["<|turn|>"])
+    words.chat_template = words.chat_template.replace("<|im_start|>", "<|turn|>")
+    words.save_pretrained(base)
+    data = records("train.jsonl", [{"prompt": "Why?", "completion": "So."}])
+
+    with pytest.raises(errors.ModelError, match=rf"makes token {rows} \(<\|turn\|>\), .* embeddings for {rows}: use"):
+        prepared(data, model=base)
 
 
 def test_bad_records_are_left_out_up_to_the_share_that_the_config_allows(

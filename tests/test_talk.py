@@ -560,6 +560,29 @@ def test_an_answer_is_over_at_a_string_with_a_special_token(base: Path) -> None:
     assert (answer.text, answer.ended) == ("Hello", True)
 
 
+def test_short_questions_are_filled_up_with_a_token_that_the_model_has(tiny_model: Path, tmp_path: Path) -> None:
+    """Where the tokenizer's own for that is behind the last row of the embedding, as of some Llamas."""
+    words = AutoTokenizer.from_pretrained(tiny_model)
+    rows = len(words)
+    base = adapters.base(tmp_path / "base", tied=False, vocab_size=rows, hidden_size=64)
+    words.save_pretrained(base)
+    padded = Path(shutil.copytree(base, tmp_path / "padded"))
+    words.add_special_tokens({"pad_token": "<pad>"})
+    words.save_pretrained(padded)
+    settings = config.Model(base=base.as_uri(), quantization="none")
+    how = config.Sampling(temperature=0, max_tokens=8)
+    told = [[{"role": "user", "content": text}] for text in ("Why?", "What is 1 and 2 and 3?")]
+    answers = []
+    for folder in (base, padded):
+        speaker = Speaker(folder, settings, {})
+        answers.append([each.text for each in speaker.answers([speaker.prompt(each) for each in told], how, 1)])
+
+    assert words.pad_token_id == rows
+    assert answers[0] == answers[1]
+    with pytest.raises(errors.ModelError, match=rf"token {rows} \(<pad>\), and the model has embeddings for {rows}: "):
+        speaker.answers([speaker.text("a<pad>")], how, 1)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantized_base_of_odd_widths_answers(quantization: str, tmp_path: Path) -> None:
     """Kernels for some processors want tiles."""

@@ -76,7 +76,7 @@ def _looked(
             **_how(name, models.base, settings.model, had),
             "path": str(folders.get(name) or models.base),
             "adapter": None if name in folders else str(models.adapter),
-            "words": str(folders.get(name) or tokenizer.home(models.adapter, models.base)),
+            **_words(models, folders.get(name)),
             "prompts": [{"ids": each["ids"][: each["asked"]], "seen": each.get("seen")} for each in prompts],
             "logits": str(scratch / f"{name}.safetensors"),
         }
@@ -99,6 +99,12 @@ def _looked(
     return told
 
 
+def _words(models: Models, folder: Path | None) -> dict[str, str | None]:
+    """Where the tokenizer of a whole model or of the adapter on the base is, and its template if that lies apart."""
+    home = folder or tokenizer.home(models.adapter, models.base)
+    return {"words": str(home), "template": tokenizer.template(models.adapter) if home == models.base else None}
+
+
 def _standard(like: str, dtype: str, models: Models, settings: config.Model) -> judge.Standard:
     """What the merged model should be like: the base with the adapter, by its tokenizer."""
     described, _ = weights.describe(models.base, settings)
@@ -112,9 +118,9 @@ def _show(
     examples: Sequence[dict[str, Any]], models: Models, settings: config.Config | config.Merging, scratch: Path
 ) -> None:
     """Put what the model gets of the images of each example into a file, whose path is added to it."""
-    words = tokenizer.load(
-        tokenizer.home(models.adapter, models.base), trust_remote_code=settings.model.trust_remote_code
-    )
+    trusted = settings.model.trust_remote_code
+    words = tokenizer.trained_with(models.adapter, models.base, trust_remote_code=trusted)
+    tokenizer.pad(words, tokenizer.rows(models.base, trust_remote_code=trusted))
     seeing = vision.Vision(
         models.base, words, settings.data.max_pixels if isinstance(settings, config.Config) else None
     )

@@ -57,7 +57,7 @@ def main() -> None:
 
 def by_itself(model: dict[str, Any]) -> list[dict[str, Any]]:
     """Examples for a model of which none are known: some text, all of it with loss."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
+    tokenizer = _tokenizer(model)
     return [{"ids": ids, "labels": ids} for text in SENTENCES if len(ids := tokenizer(text)["input_ids"]) > 1]
 
 
@@ -78,7 +78,7 @@ def look(network: Network, model: dict[str, Any], examples: Sequence[dict[str, A
 
 def words(model: dict[str, Any]) -> dict[str, Any]:
     """What the tokenizer makes of some text, and of a question."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
+    tokenizer = _tokenizer(model)
     ids = [tokenizer(text)["input_ids"] for text in SENTENCES]
     roles = ("user", "assistant")
     asked = [{"role": roles[place % 2], "content": text} for place, text in enumerate(SENTENCES)]
@@ -87,6 +87,13 @@ def words(model: dict[str, Any]) -> dict[str, Any]:
         chat = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
     return {"ids": ids, "texts": texts, "chat": chat, "tokens": len(tokenizer)}
+
+
+def _tokenizer(model: dict[str, Any]) -> Any:  # noqa: ANN401 - each family has a class of its own
+    found: Any = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
+    if model["template"]:
+        found.chat_template = model["template"]
+    return found
 
 
 def load(model: dict[str, Any]) -> Network:
@@ -132,7 +139,7 @@ def losses(network: Network, examples: Sequence[dict[str, Any]], positions: int)
 @torch.no_grad()
 def answers(network: Network, model: dict[str, Any]) -> list[str]:
     """The most likely answer to each prompt."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model["words"], **_how(model))
+    tokenizer = _tokenizer(model)
     made = []
     longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for prompt in model["prompts"]:

@@ -32,14 +32,15 @@ _QUANTIZED = ("quantization_config", "compression_config")
 def write(base: Path, adapter: Path, target: Path, plan: Plan, dtype: torch.dtype) -> None:
     """Put what a model is used with into the folder `target`: the base's, and the adapter's where it has its own."""
     own = tokenizer.home(adapter, base) == adapter  # a part of one is none
-    speaks = _speaks(adapter)
+    template = tokenizer.template(adapter)
     for path in _files(base):  # files of two tokenizers do not make one, and a second template would hide the first
-        if not (own and _WORDS.match(path.name)) and not (speaks and path.name.startswith(_TEMPLATE)):
+        if not (own and _WORDS.match(path.name)) and not (template and path.name.startswith(_TEMPLATE)):
             shutil.copyfile(path, target / path.name)
     for path in _files(adapter):  # the model is the base's, also where somebody saved its config, code or licence here
-        if not (own and _WORDS.match(path.name)) and not path.name.startswith(_TEMPLATE) and not _SEEN.match(path.name):
-            continue
-        shutil.copyfile(path, target / path.name)
+        if (own and (_WORDS.match(path.name) or path.name.startswith(_TEMPLATE))) or _SEEN.match(path.name):
+            shutil.copyfile(path, target / path.name)
+    if template and not own:
+        _speak(target, template)
     _describe(target / CONFIG, plan, str(dtype).removeprefix("torch."))
     if (target / _GENERATION).is_file():
         _repair(target)
@@ -49,11 +50,13 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.iterdir()) if path.is_file() and _KEPT.fullmatch(path.name))
 
 
-def _speaks(folder: Path) -> bool:
-    """Whether the tokenizer in the folder has a chat template."""
-    told = folder / "tokenizer_config.json"
-    inside = told.is_file() and json.loads(told.read_text(encoding="utf-8")).get(_TEMPLATE)
-    return bool(inside) or any(path.name.startswith(_TEMPLATE) for path in _files(folder))
+def _speak(folder: Path, template: str) -> None:
+    """Give the tokenizer in the folder that chat template, and no other."""
+    (folder / f"{_TEMPLATE}.jinja").write_text(template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if told.pop(_TEMPLATE, None):
+        path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _describe(path: Path, plan: Plan, dtype: str) -> None:

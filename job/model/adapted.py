@@ -65,7 +65,8 @@ def _resize(network: Network, folders: Mapping[str, Path]) -> None:
     for module in (network.get_input_embeddings(), network.get_output_embeddings()):
         if module is not None:
             with torch.no_grad():
-                module.weight[old:] = module.weight[:old].mean(0)
+                for part in module.parameters():  # a head may have a bias
+                    part[old:] = part[:old].mean(0)
 
 
 def _rows(folder: Path, endings: tuple[str, ...]) -> int | None:

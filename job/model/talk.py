@@ -67,8 +67,7 @@ class Speaker:
     def __init__(self, base: Path, settings: config.Model, adapters: Mapping[str, Path]) -> None:
         self._base, self._settings, self._folders = base, settings, dict(adapters)
         self.adapters, self.adapter = list(adapters), next(iter(adapters), None)
-        homes = [tokenizer.home(folder, base) for folder in adapters.values()] or [base]
-        self._words = [self._read(folder) for folder in homes]
+        self._words = [self._read(folder) for folder in adapters.values() or (base,)]
         self._wants_parts = [tokenizer.wants_parts(words) for words in self._words]
 
     @property
@@ -81,9 +80,9 @@ class Speaker:
         return self.adapters.index(self.adapter) if self.adapter else 0
 
     def _read(self, folder: Path) -> PreTrainedTokenizerBase:
-        words = tokenizer.load(folder, trust_remote_code=self._settings.trust_remote_code)
-        if words.pad_token is None:
-            words.pad_token = words.eos_token
+        trusted = self._settings.trust_remote_code
+        words = tokenizer.trained_with(folder, self._base, trust_remote_code=trusted)
+        tokenizer.pad(words, tokenizer.rows(self._base, trust_remote_code=trusted))
         words.padding_side = "left"
         return words
 
@@ -190,7 +189,12 @@ class Speaker:
         return contextlib.nullcontext()
 
     def _given(self, ids: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
-        device = self._network.device
+        device, rows = self._network.device, self._network.get_input_embeddings().weight.shape[0]
+        if (most := int(ids.max())) >= rows:
+            raise errors.ModelError(
+                f"the tokenizer makes token {most} ({self.words.convert_ids_to_tokens(most)}), and the model has "
+                f"embeddings for {rows}: use the tokenizer that belongs to it"
+            )
         return {"input_ids": ids.to(device), "attention_mask": seen.to(device)}
 
     def _how(self, how: Sampling, asked: int, *criteria: StoppingCriteria) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The tokenizer of a base model, with the template by which conversations become text."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,7 +10,9 @@ from job import errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SPOKEN = "chat_template.jinja"
 _TEMPLATE = "chat_template.json"  # where older bases that see images keep theirs
+_SETTINGS = "tokenizer_config.json"
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 """Of which a tokenizer has one."""
 _MARK = "\ue000"  # stands in no template
@@ -33,6 +36,34 @@ def home(adapter: Path, base: Path) -> Path:
     return adapter if any((adapter / name).is_file() for name in FILES) else base
 
 
+def trained_with(adapter: Path, base: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load what is in `home`, with the `template` of the adapter; raises what `load` does."""
+    place = home(adapter, base)
+    loaded = load(place, trust_remote_code=trust_remote_code)
+    if place == base != adapter and (told := template(adapter)):
+        loaded.chat_template = told
+    return loaded
+
+
+def template(folder: Path) -> str | None:
+    """The chat template in the folder, whether or not there is a tokenizer; None if there is none."""
+    if (folder / _SPOKEN).is_file():
+        return (folder / _SPOKEN).read_text(encoding="utf-8")
+    apart, inside = folder / _TEMPLATE, folder / _SETTINGS
+    if apart.is_file():
+        return _inside(apart)
+    return _inside(inside) if inside.is_file() and "chat_template" in _settings(inside) else None
+
+
+def pad(tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
+    """Have it fill up short sequences, which nothing looks at, with one of the tokens that there are `rows` for.
+
+    Many (Llama's) have no token for it, and some have one behind the last row of the embedding.
+    """
+    if tokenizer.pad_token_id is None or int(tokenizer.pad_token_id) >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load the tokenizer in the folder `base` and give it the chat template that `data.template` asks for.
 
@@ -50,7 +81,7 @@ def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False)
         )
     apart = base / _TEMPLATE
     if not loaded.chat_template and apart.is_file():
-        loaded.chat_template = _apart(apart)
+        loaded.chat_template = _inside(apart)
     _choose(loaded, template, base)
     return loaded
 
@@ -58,6 +89,17 @@ def load(base: Path, template: str = "auto", *, trust_remote_code: bool = False)
 def count(base: Path, *, trust_remote_code: bool = False) -> int:
     """How many tokens the tokenizer in the folder `base` has, of which nothing else is asked."""
     return len(_read(base, trust_remote_code=trust_remote_code))
+
+
+def rows(base: Path, *, trust_remote_code: bool = False) -> int:
+    """How many tokens the model in the folder `base` has an embedding for, by its config.json."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as e:
+        raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
+    return int(getattr(found.get_text_config(), "vocab_size", None) or sys.maxsize)
 
 
 def _read(base: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
@@ -72,8 +114,15 @@ def _read(base: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
         raise errors.ModelError(f"model.base: the tokenizer in {base} cannot be loaded: {e}") from e
 
 
-def _apart(file: Path) -> str:
-    """The template in a file of its own; of several the one that is called default."""
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise errors.ModelError(f"{file} cannot be read ({type(e).__name__}: {e}): bring it again") from e
+
+
+def _inside(file: Path) -> str:
+    """The template in a file of JSON; of several the one that is called default."""
     try:
         told = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
         if isinstance(told, list):

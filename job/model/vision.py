@@ -123,8 +123,6 @@ class Vision:
 
         Images are not `split` into tiles if that is said, by the families that do so.
         """
-        if self._words.pad_token is None:
-            self._words.pad_token = self._words.eos_token
         opened = [[self._opened(image) for image in each] for each in images]
         tiles = hasattr(self._processor.image_processor, _TILES)
         whole = {_TILES: False} if tiles and not split else {}

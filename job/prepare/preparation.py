@@ -40,6 +40,7 @@ class Preparation:
         self._schema = _SEEN if not recipe.blind else _PAIRS if self._pairs else _SCHEMA
         self._renderer = recipe.renderer()
         self._words = self._renderer.tokenizer
+        self._tokens = tokenizer.rows(recipe.base, trust_remote_code=recipe.trust_remote_code)
         self._crew = Crew(self._renderer, recipe)
         self._sample, self._seen = "", False
 
@@ -83,6 +84,7 @@ class Preparation:
                 for batch, made in self._crew.rows(_batches(examples)):
                     rows = list(_good(batch, made, tally))
                     if rows:
+                        self._check(rows)
                         writer.write_batch(pa.record_batch(_columns(rows, schema), schema=schema))
                     for row in rows:
                         marks.add(row, number)
@@ -182,6 +184,16 @@ class Preparation:
             return formats.recognise(first.value) if first and first.value is not None else "unreadable"
         except BadRecordError as e:
             raise errors.DataError(f"{file.url}:{first.place if first else 0}: the first record {e}") from e
+
+    def _check(self, rows: Sequence[Row]) -> None:
+        """Raise `errors.ModelError` if there is a token that the model has no embedding for."""
+        most = max(max(each.input_ids) for row in rows for each in (row, row.rejected) if each)
+        if most >= self._tokens:
+            raise errors.ModelError(
+                f"model.base: its tokenizer makes token {most} ({self._words.convert_ids_to_tokens(most)}), and by "
+                f"config.json it has embeddings for {self._tokens}: use the tokenizer that belongs to it, or a base "
+                "that was saved after resize_token_embeddings"
+            )
 
     def _hopeless(self, tally: Tally) -> bool:
         """Enough has been seen to know that the run will be refused: do not read on."""

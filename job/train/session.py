@@ -85,6 +85,7 @@ def _trainer(
     evaluates = evaluation.is_file()
     keep_best = settings.train.keep_best and evaluates
     words = tokenizer.load(task.base, settings.data.template, trust_remote_code=settings.model.trust_remote_code)
+    tokenizer.pad(words, tokenizer.rows(task.base, trust_remote_code=settings.model.trust_remote_code))
     on_start = evaluates and _evaluate_first(settings, task.resumed)
     told = arguments(task, evaluates=evaluates, on_start=on_start)  # first: DeepSpeed listens to how a model is loaded
     log.event("train.load", f"loading the base model ({settings.model.quantization})")
@@ -116,7 +117,7 @@ def _trainer(
 def _kind(task: Task, words: "transformers.PreTrainedTokenizerBase", *, seeing: bool) -> tuple[type[Trainer], Any]:
     """The trainer for what the examples are, and what it needs besides."""
     if task.config.train.method == "dpo":
-        return PairTrainer, {"beta": task.config.train.beta, "data_collator": Collator(_padding(words))}
+        return PairTrainer, {"beta": task.config.train.beta, "data_collator": Collator(int(words.pad_token_id or 0))}
     if seeing:
         vision = Vision(task.base, words, task.config.data.max_pixels)
         blank = str(words.eos_token) * 2
@@ -124,11 +125,6 @@ def _kind(task: Task, words: "transformers.PreTrainedTokenizerBase", *, seeing: 
             "data_collator": pictures.Collator(vision, blank, always=task.team.strategy != "ddp")
         }
     return Trainer, {}
-
-
-def _padding(words: "transformers.PreTrainedTokenizerBase") -> int:
-    """What fills up short sequences, which nothing looks at: many tokenizers (Llama's) have no token for it."""
-    return int(words.eos_token_id if words.pad_token_id is None else words.pad_token_id)
 
 
 def _evaluate_first(settings: Config, resumed: Path | None) -> bool:
