@@ -255,6 +255,19 @@ def test_what_does_not_fit_into_memory_is_said(
     )
 
 
+def test_the_template_of_an_adapter_is_looked_for_in_the_merged_model(models: examine.Models, tmp_path: Path) -> None:
+    """Also where it has no tokenizer of its own, and its template speaks through the base's."""
+    (models.adapter / "chat_template.jinja").write_text("{% for each in messages %}[{{ each.content }}]{% endfor %}")
+
+    with pytest.raises(errors.ModelError, match="writes another chat format than the adapter's"):
+        looked(models, tmp_path / "one")
+
+    given = inputs.Base(models.base.as_uri(), models.base, "its digest")
+    wanted = config.Model(base=given.url)
+    made = merge.folder(given, models.adapter, wanted, config.Merge(), tmp_path / "again" / "m")
+    assert looked(examine.Models(models.base, models.adapter, made, lambda: None), tmp_path / "two")["off"]
+
+
 def test_a_prompt_as_long_as_the_context_is_no_failure(models: examine.Models, tmp_path: Path) -> None:
     """It is answered with as much as there is room for, also where positions are learned and there are no more."""
     told = models.base / "config.json"
@@ -264,7 +277,7 @@ def test_a_prompt_as_long_as_the_context_is_no_failure(models: examine.Models, t
         "examples": [{"ids": list(range(8)), "labels": list(range(8)), "seen": None}],
         "models": [
             {"name": "adapted", "path": str(models.base), "adapter": str(models.adapter), "words": str(models.base),
-             "quantized": None, "device": "cpu", "dtype": "float32", "positions": 4, "tokens": 5,
+             "template": None, "quantized": None, "device": "cpu", "dtype": "float32", "positions": 4, "tokens": 5,
              "trust_remote_code": False, "logits": str(tmp_path / "logits"),
              "prompts": [{"ids": list(range(length)), "seen": None} for length in (6, 8)]},
         ],
