@@ -80,8 +80,14 @@ class Machine:
     def until(self, so: Callable[[], bool]) -> None:
         end = time.monotonic() + BOUND
         while not so():
-            assert time.monotonic() < end, self.said()[-3000:]
+            assert time.monotonic() < end, self._state()
             time.sleep(0.1)
+
+    def _state(self) -> str:
+        """What may tell why it takes so long."""
+        asked = (("systemctl", "status", "--no-pager", UNIT), ("systemctl", "list-jobs", "--no-pager"))
+        told = [self.run(*each, check=False) for each in asked]
+        return "\n".join([self.said()[-3000:], (self._told / "calls").read_text(), *told])
 
     def calls(self, what: str) -> int:
         """How often docker was called to `run` or `rm`; or the job was `working`, or `saved` when asked to stop."""

@@ -517,6 +517,30 @@ def test_one_request_in_twenty_may_fail(
     assert not unfinished(s3_server, bucket)
 
 
+def test_a_listing_that_was_damaged_is_asked_for_again(
+    proxy: Proxy, s3_server: S3, bucket: str, directory: Path
+) -> None:
+    """It has no checksum; what was just sent and seems to lack is there when looked at once more."""
+    store = storage.connect(f"s3://{bucket}/run")
+    listings = 0
+
+    def damage(request: Request, forward: Forward) -> None:
+        forward(request)
+        request.content = request.content.replace(b"<Size>1000<", b"<Size>1001<")
+
+    def last(request: Request, _number: int) -> Fault | None:
+        nonlocal listings
+        listings = 0 if request.method == "PUT" else listings + ("list-type" in request.path)
+        return damage if listings == 2 and "list-type" in request.path else None
+
+    proxy.chosen = last
+
+    assert storage.push(store, directory, "merged/") == manifest.of(directory)
+
+    assert proxy.hurt == 1
+    assert s3_server.keys(bucket) == {f"run/merged/{name}" for name in [*SIZES, "manifest.json"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_one_request_in_twenty_may_fail_in_a_run(

@@ -16,6 +16,7 @@ from job.storage.outgoing import Outgoing
 from job.storage.store import Entry, Store
 
 _FRESH_SECONDS = 1.5  # no lease is shorter than 2 s, and nobody is replaced before it is over
+_LOOKS = 2  # at a listing, which has no checksum: it may be damaged on the way
 
 
 def push(store: Store, directory: Path, prefix: str, confirm: Callable[[], None] = lambda: None) -> Manifest:
@@ -164,5 +165,5 @@ def _clear(store: Store, prefix: str, whole: Manifest, confirm: Callable[[], Non
         if entry.key.removeprefix(prefix) not in {*whole.files, manifest.NAME}:
             store.delete(entry.key)
     store.sweep(prefix)
-    if not sizes(store, prefix, whole):
+    if not any(sizes(store, prefix, whole) for _ in range(_LOOKS)):
         raise errors.DamagedError(f"{store.url}/{prefix} does not hold what was just written there; start again")
