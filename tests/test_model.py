@@ -1,14 +1,17 @@
 """Loading a base for training and merging, and finding the layers that get an adapter."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -244,3 +247,38 @@ def test_a_base_model_without_a_template_gets_the_instruction_template(tiny_mode
     assert asked == "### Instruction\nWhy?\n\n### Response\n"
     with pytest.raises(errors.ModelError, match="has no chat template: use instruction-en or instruction-zh"):
         tokenizer.load(plain, "chat")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_short_examples_are_filled_up_with_a_token_that_the_model_has(
+    method: str, tiny_model: Path, tiny_run: Callable[..., Path], job: Callable[..., CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """To the same loss as with a tokenizer whose own such token is not behind the last row of the embedding."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    words = AutoTokenizer.from_pretrained(base)
+    rows = len(words)
+    words.add_special_tokens({"pad_token": "<pad>"})
+    words.save_pretrained(base)
+    data = []
+    for name, numbers in (("train", range(8)), ("eval", range(8, 12))):
+        answers = [{"chosen": "It is" + " so" * number, "rejected": "No"} for number in numbers]
+        told = [{"completion": each["chosen"]} if method == "sft" else each for each in answers]
+        data.append(tmp_path / f"{name}-made.jsonl")
+        data[-1].write_text("".join(json.dumps({"prompt": "Why?", **each}) + "\n" for each in told))
+    losses = []
+    for model in (tiny_model, base):
+        described = tiny_run(
+            run={"url": (tmp_path / f"run-{model.name}").as_uri()},
+            model={"base": str(model), "quantization": "none"},
+            data={"train": [str(data[0])], "eval": [str(data[1])]},
+            train={"method": method, "max_steps": 2, "warmup": 0},
+            merge={"enabled": False},
+        )
+        outcome = job("run", described)
+        assert outcome.returncode == 0, outcome.stderr
+        losses.append(json.loads((tmp_path / f"run-{model.name}" / "done.json").read_text())["training"]["loss_after"])
+
+    assert words.pad_token_id == rows
+    assert losses[0] == losses[1]
