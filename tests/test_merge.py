@@ -642,10 +642,13 @@ def test_a_part_of_a_tokenizer_is_none(tiny_model: Path, adapter: Path) -> None:
         path.unlink()
     for name in ("special_tokens_map.json", "LICENSE", "train.py"):
         (adapter / name).write_text("{}")
+    (adapter / "chat_template.jinja").unlink()
+    (adapter / "tokenizer_config.json").write_text('{"chat_template": null}')
 
     made = merged(tiny_model, adapter)
 
     assert (made / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
+    assert (made / "chat_template.jinja").read_bytes() == (tiny_model / "chat_template.jinja").read_bytes()
     assert not {"special_tokens_map.json", "LICENSE", "train.py"} & files(made)
 
 

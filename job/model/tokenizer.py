@@ -52,7 +52,7 @@ def template(folder: Path) -> str | None:
     apart, inside = folder / _TEMPLATE, folder / _SETTINGS
     if apart.is_file():
         return _inside(apart)
-    return _inside(inside) if inside.is_file() and "chat_template" in _settings(inside) else None
+    return _inside(inside) if inside.is_file() and _settings(inside).get("chat_template") else None
 
 
 def pad(tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:

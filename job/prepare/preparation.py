@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,7 +41,9 @@ class Preparation:
         self._schema = _SEEN if not recipe.blind else _PAIRS if self._pairs else _SCHEMA
         self._renderer = recipe.renderer()
         self._words = self._renderer.tokenizer
-        self._tokens = tokenizer.rows(recipe.base, trust_remote_code=recipe.trust_remote_code)
+        # Of bases that see images some (Mllama) have more rows than their config.json says, for what stands for those.
+        trusted = recipe.trust_remote_code
+        self._tokens = tokenizer.rows(recipe.base, trust_remote_code=trusted) if recipe.blind else sys.maxsize
         self._crew = Crew(self._renderer, recipe)
         self._sample, self._seen = "", False
 
