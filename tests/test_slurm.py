@@ -111,12 +111,12 @@ def test_whatever_happens_the_result_is_that_of_the_run_that_nobody_touched(
 @pytest.mark.slow
 def test_a_time_limit_ends_a_start_and_not_the_run(checkout: Checkout, tiny_run: Callable[..., Path]) -> None:
     """Slurm looks at limits every 30 s, and warns some time before they are reached; the next start goes on."""
-    long = STEPS["train"] | {"max_steps": 2000, "log_every": 200, "eval_every": 1000}
+    long = STEPS["train"] | {"max_steps": 4000, "log_every": 200, "eval_every": 1000}
     config = tiny_run(train=long, checkpoint={"every_steps": 500}, merge={"enabled": False})
     with slurm() as cluster:
-        warned = ("--time=5", "--signal=B:USR1@240")
+        warned = ("--time=5", "--signal=B:USR1@270")
         job = cluster.submit(*warned, "slurm/train.sbatch", config, cwd=checkout.folder)
-        told = cluster.until(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=400, why=lambda: checkout.said(job))
+        told = cluster.until(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=800, why=lambda: checkout.said(job))
     assert told["JobState"] == "COMPLETED", checkout.said(job)
     assert int(told["Restarts"]) > 0
     assert "asked to stop (SIGUSR1)" in checkout.said(job)
