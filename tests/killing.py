@@ -130,4 +130,6 @@ def debris(run: Path, attempts: int, keep: int) -> set[str]:
 
 
 def checkpoints(run: Path) -> list[str]:
-    return sorted(f"checkpoints/{p.name}" for p in (run / "checkpoints").iterdir() if re.fullmatch(r"\d+-\d+", p.name))
+    """Those of which something is there: of one that was killed between its folder and its first file, nothing is."""
+    found = (run / "checkpoints").iterdir()
+    return sorted(f"checkpoints/{p.name}" for p in found if re.fullmatch(r"\d+-\d+", p.name) and any(p.iterdir()))
