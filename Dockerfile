@@ -76,12 +76,8 @@ HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
 # No shell in between: python is process 1 and gets the signals.
 ENTRYPOINT ["python", "/app/entrypoint.py"]
 CMD ["--help"]
-ARG VERSION=unknown
-ARG REVISION=unknown
-ARG SOURCE=
+# Version, revision and source come from `make image` as labels: buildah 1.28 takes a label with an argument from its cache
+# whatever the argument is now, and the image would name an older commit.
 LABEL org.opencontainers.image.title="finetune-job" \
       org.opencontainers.image.description="LoRA and QLoRA fine-tuning as a batch job that survives preemption" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="$VERSION" \
-      org.opencontainers.image.revision="$REVISION" \
-      org.opencontainers.image.source="$SOURCE"
+      org.opencontainers.image.licenses="Apache-2.0"

@@ -45,5 +45,6 @@ image: SOURCE = $(shell git remote get-url origin 2>/dev/null | sed -n 's|//[^/@
 image:
 	$(if $(BUILDER),,$(error no docker, podman or buildah found))
 	$(BUILDER) build $(if $(filter podman buildah,$(notdir $(BUILDER))),--format docker) --tag $(IMAGE) \
-	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE=$(SOURCE) \
+	  --label org.opencontainers.image.version=$(VERSION) --label org.opencontainers.image.revision=$(REVISION) \
+	  --label org.opencontainers.image.source=$(SOURCE) \
 	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(BUILD_OPTIONS) .

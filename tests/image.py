@@ -40,15 +40,16 @@ def possible() -> bool:
 
 @dataclass(frozen=True)
 class Image:
-    """The image under test, the commit that it was built from, and where podman's settings are."""
+    """The image under test, the commit that it was built from, its name, and where podman's settings are."""
 
     conf: Path
     revision: str
+    name: str = NAME
 
     def command(self, *options: object, hardened: bool = True) -> list[str]:
         """The command line that runs a container; what the image is told comes after it."""
         safe = HARDENED if hardened else ()
-        return ["podman", "run", "--rm", "--network=host", *safe, *map(str, options), NAME]
+        return ["podman", "run", "--rm", "--network=host", *safe, *map(str, options), self.name]
 
     def run(self, *options: object, told: tuple[str, ...]) -> "subprocess.CompletedProcess[str]":
         """Run a container to its end."""
@@ -62,14 +63,14 @@ class Image:
             return Running(self, log, subprocess.Popen(line, env=self.environ, stdout=file, stderr=file))
 
     def inspect(self) -> dict[str, Any]:
-        found: list[dict[str, Any]] = json.loads(self.podman("image", "inspect", NAME).stdout)
+        found: list[dict[str, Any]] = json.loads(self.podman("image", "inspect", self.name).stdout)
         return found[0]
 
     @contextmanager
     def mounted(self) -> Iterator[Path]:
         """Its files, as a folder."""
-        yield Path(self.podman("image", "mount", NAME).stdout.strip())
-        self.podman("image", "unmount", NAME)
+        yield Path(self.podman("image", "mount", self.name).stdout.strip())
+        self.podman("image", "unmount", self.name)
 
     def podman(self, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["podman", *arguments], env=self.environ, capture_output=True, text=True, check=check)
@@ -105,8 +106,11 @@ class Running:
         return self.process.wait(90)
 
 
-def build(folder: Path) -> Image:
-    """Build the image, or find it built; the layers stay in the machine's store and are used again."""
+def build(folder: Path, name: str = NAME, revision: str | None = None) -> Image:
+    """Build the image, or find it built; the layers stay in the machine's store and are used again.
+
+    `revision` is what git would say of another commit with the same files.
+    """
     conf = folder / "containers.conf"
     conf.write_text(CONF)
     options = "--layers --isolation=chroot --network=host --pull=false " + " ".join(_site(folder))
@@ -114,10 +118,11 @@ def build(folder: Path) -> Image:
         fcntl.flock(turn, fcntl.LOCK_EX)
         _base()
         head = _said("git", "-C", str(ROOT), "rev-parse", "HEAD")
-        line = ["make", "image", "BUILDER=buildah", f"IMAGE={NAME}", f"BASE_IMAGE={BASE}", f"BUILD_OPTIONS={options}"]
+        line = ["make", "image", "BUILDER=buildah", f"IMAGE={name}", f"BASE_IMAGE={BASE}", f"BUILD_OPTIONS={options}"]
+        line += [f"REVISION={revision}"] if revision else []
         made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
-    return Image(conf, head)
+    return Image(conf, revision or head, name)
 
 
 def _base() -> None:

@@ -230,6 +230,15 @@ def test_it_says_what_it_is(image: Image) -> None:
     assert told["Size"] < LARGEST, told["Size"]
 
 
+def test_it_names_the_commit_of_its_last_build(image: Image, tmp_path: Path) -> None:
+    """A commit that changes none of its files changes its revision, though every layer is there already."""
+    for revision in ("a" * 40, "b" * 40):
+        again = build(tmp_path, f"{image.name}-again", revision)
+        labels = again.inspect()["Config"]["Labels"]
+        again.podman("rmi", again.name)
+        assert labels["org.opencontainers.image.revision"] == revision
+
+
 def _give(folder: Path, user: tuple[int, int]) -> None:
     """Make `user` the owner of a folder and of all in it."""
     for each in (folder, *folder.rglob("*")):

@@ -163,10 +163,10 @@ def test_credentials_in_the_url_of_the_repository_stay_out_of_the_label(tmp_path
     (tmp_path / "new.txt").touch()
     changed = told()
 
-    assert "SOURCE=https://example.com/group/job.git" in clean
+    assert "image.source=https://example.com/group/job.git" in clean
     assert "t0ken" not in clean
-    assert re.search(r"REVISION=[0-9a-f]{40} ", clean)
-    assert re.search(r"REVISION=[0-9a-f]{40}-dirty ", changed)
+    assert re.search(r"image.revision=[0-9a-f]{40} ", clean)
+    assert re.search(r"image.revision=[0-9a-f]{40}-dirty ", changed)
     assert "--format docker" in clean
 
 
