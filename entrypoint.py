@@ -76,12 +76,15 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
 
 def lead(here: Here, *, restart: bool) -> None:
     """Do it in order, as the machine that owns the run; the others train with it."""
-    from job import attempts, claim, convert, inputs, lease, paths, publish, pull, report, storage
+    from job import attempts, claim, convert, inputs, launch, lease, paths, publish, pull, report, storage
 
     config, notice, after = here.machine.config, here.machine.notice, here.machine.after
     cache = here.cache
     store = storage.checked(here.store, paths.PROBE, required=config.run.conditional_writes == "required")
-    pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
+    trained = not restart and publish.trained(store, claim.agree(store, config))
+    if not trained:
+        launch.check_machine(here.machine.environ, cache.kernels())
+    pull.preflight(config, cache, after, trained=trained)
     owner, attempt = lease.take(store, config.run.lease_seconds, after)
     began = claim.claim(store, config, attempt, owner.confirm, restart=restart)
     if _over(store, cache, config, began, notice):  # by the start that owned it until now
@@ -156,7 +159,7 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
     name = resumed.name if resumed else None
     peers.tell(start=dataclasses.asdict(start), team=dataclasses.asdict(team), inputs=made_from, resumed=name)
     peers.await_ready()
-    environ = launch.environment(machine.environ, team, gpus, peers.address)
+    environ = launch.environment(machine.environ, team, gpus, peers.address, cache.kernels())
     with publish.tidied(store, start.attempt, machine.notice):
         launch.training(machine.command, task, environ, machine.notice, meeting)
     return task.out
@@ -186,6 +189,7 @@ def help_out(here: Here) -> None:
     log_file = log.to_file(cache.log(), anew=True)
     told = first.hear()
     if "pull" in told:
+        launch.check_machine(machine.environ, cache.kernels())
         log.phase("pull")
         base = convert.native(pull.base(config.model.base, cache), cache, machine.after)
         told = first.hear()
@@ -204,7 +208,8 @@ def help_out(here: Here) -> None:
         resumed = kept.named(told["resumed"]).path if told["resumed"] else None
         team = dataclasses.replace(inputs.Team(**told["team"]), node=here.team.node)
         task = launch.task(config, start, team, base, data, resumed, cache)
-        environ = launch.environment(machine.environ, team, cluster.gpus(machine.environ), first.address)
+        gpus = cluster.gpus(machine.environ)
+        environ = launch.environment(machine.environ, team, gpus, first.address, cache.kernels())
         log.event(
             "node.train", f"training as node {here.team.node} of {here.team.nodes}; the first one tells how it goes"
         )
@@ -229,6 +234,7 @@ def look(machine: cli.Machine, *, restart: bool = False) -> None:
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
     cache = cli.cache(config, machine.environ)
     cache.check()
+    launch.check_machine(machine.environ, cache.kernels())
     pull.preflight(config, cache, machine.after, look=True)
 
 

@@ -37,6 +37,10 @@ class ModelError(PermanentError):
     """The base model or the adapter is not what the job needs."""
 
 
+class MachineError(PermanentError):
+    """This machine lacks something that the run needs, or has another version of it."""
+
+
 class StoreError(JobError):
     """The store failed in a way that may pass: timeouts, resets, overload, a damaged transfer. Worth another try."""
 

@@ -19,6 +19,8 @@ from conftest import ROOT
 
 NAME = "localhost/finetune-job:tested"
 BASE = "localhost/finetune-tests/debian:bookworm"
+TRITON = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("triton=="))
+"""Comes with the GPU's torch. The CPU's does without, so the image under test asks for it by itself."""
 TOOLS = ("buildah", "podman", "debootstrap")
 HARDENED = (
     "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges",
@@ -114,6 +116,7 @@ def build(folder: Path, name: str = NAME, revision: str | None = None) -> Image:
     conf = folder / "containers.conf"
     conf.write_text(CONF)
     options = "--layers --isolation=chroot --network=host --pull=false " + " ".join(_site(folder))
+    options += f" --build-arg=ADDITIONAL_PACKAGES={TRITON}"
     with Path(__file__).open() as turn:  # of the workers that run tests side by side
         fcntl.flock(turn, fcntl.LOCK_EX)
         _base()

@@ -1,11 +1,13 @@
 """How many processes train, in which way they share the model, and what their environment tells the libraries."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from job import cluster, errors
 from job.cluster import Node
 from job.config import Config
 from job.inputs import Team
+from job.launch import kernels
 
 _OF_A_LAUNCHER = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
@@ -33,13 +35,21 @@ def team(settings: Config, here: Node, gpus: int) -> Team:
     return found
 
 
-def environment(environ: Mapping[str, str], team: Team, gpus: tuple[str, ...], address: str | None) -> dict[str, str]:
-    """The environment of the processes of `team` on this machine, whose `address` the others know.
+def environment(
+    environ: Mapping[str, str],
+    team: Team,
+    gpus: tuple[str, ...],
+    address: str | None,
+    kernel_cache: Path,
+) -> dict[str, str]:
+    """Return the environment of the processes of `team` here, whose `address` the others know.
 
-    What the user has set himself is left alone.
+    All of them keep what Triton compiles in `kernel_cache`: its own default is the user's home,
+    which may be read-only. What the user has set himself is left alone.
     """
     ours = {n: v for n, v in environ.items() if n not in _OF_A_LAUNCHER and not n.startswith("TORCHELASTIC_")}
     chosen = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # we say what there is to say
+    ours["TRITON_CACHE_DIR"] = str(kernels.cache_folder(environ, kernel_cache))
     if gpus:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: team.processes])
         if "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
