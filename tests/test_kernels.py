@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import drivers
+import hosts
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, need
 
 from job import errors
 from job.launch import kernels
@@ -192,6 +193,31 @@ def test_a_gpu_with_a_compiler_is_no_reason_to_stop(gpu_machine: dict[str, str],
     ended = subprocess.run(line, env=gpu_machine, capture_output=True, text=True, check=False)
 
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_machine_without_a_compiler_ends_the_others_too(
+    gpu_machine: dict[str, str], tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It looks as soon as it is asked to pull; each of the two machines names the reason and ends with 64."""
+    need("network namespaces (root and iproute2)", hosts.possible() or None)
+    config = tiny_run(train={"global_batch_size": 8, "micro_batch_size": 2})
+    environ = {name: gpu_machine[name] for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
+    paths = (os.environ["PATH"], "/nowhere")
+    logs = [tmp_path / "h0.log", tmp_path / "h1.log"]
+
+    with hosts.hosts(2) as network, ExitStack() as opened:
+        started = []
+        for rank, path in enumerate(paths):
+            own = [f"{name}={value}" for name, value in {**environ, "PATH": path}.items()]
+            line = [*command("run", config), "--set", f"run.cache={tmp_path}/cache-{rank}"]
+            log = opened.enter_context(logs[rank].open("w"))
+            started.append(network.start(rank, [shutil.which("env") or "", *own, *line], stderr=log))
+        statuses = [process.wait(120) for process in started]
+
+    said = [log.read_text() for log in logs]
+    assert statuses == [errors.PERMANENT, errors.PERMANENT], said
+    assert all("no C compiler" in each for each in said), said
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 @pytest.fixture(scope="session")

@@ -62,26 +62,33 @@ def test_the_environment_of_those_that_train_is_ours(tmp_path: Path) -> None:
     """Nothing of another launcher, as many threads as cores for each, and the GPUs that were given."""
     environ = {"HOME": str(tmp_path), "RANK": "5", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x", "GROUP_ID": "mine"}
 
-    made = launch.environment(environ, inputs.Team(processes=2), ("4", "5", "6"), None)
+    made = launch.environment(environ, inputs.Team(processes=2), ("4", "5", "6"), None, tmp_path / "kernels")
 
     assert made["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert made["OMP_NUM_THREADS"] == str(max(1, cluster.cpus() // 2))
     assert made["GROUP_ID"] == "mine"
+    assert made["TRITON_CACHE_DIR"] == str(tmp_path / "kernels")  # one for all of them
     assert not made.keys() & {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
 
 
 def test_what_the_user_has_set_is_left_alone() -> None:
     """Who knows his cluster better than we do."""
-    own = {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "ib0", "PYTORCH_ALLOC_CONF": "backend:native"}
+    own = {
+        "OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "ib0", "PYTORCH_ALLOC_CONF": "backend:native",
+        "TRITON_CACHE_DIR": "/kernels",
+    }  # fmt: skip
+    kernels = Path("/cache/triton")
 
-    assert own.items() <= launch.environment(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1").items()
+    assert own.items() <= launch.environment(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1", kernels).items()
     older = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}  # torch would prefer ours under the new name
-    assert "PYTORCH_ALLOC_CONF" not in launch.environment(older, inputs.Team(), ("0",), None)
+    assert "PYTORCH_ALLOC_CONF" not in launch.environment(older, inputs.Team(), ("0",), None, kernels)
 
 
 def test_gloo_is_told_the_interface_that_the_others_reach() -> None:
     """The host's own name often means the loopback, where nobody else is."""
-    assert launch.environment({}, inputs.Team(nodes=2), (), "127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
+    made = launch.environment({}, inputs.Team(nodes=2), (), "127.0.0.1", Path("/cache/triton"))
+
+    assert made["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 MODELS = {  # hidden size, width of the MLP, layers, words, width of keys and values
