@@ -49,7 +49,7 @@ class Case:
 
 
 class Backbone(torch.nn.Module):
-    """Stands for all layers below the LM head: its output is a parameter, whose gradient is compared."""
+    """All layers below the LM head: their output is a parameter, whose gradient is compared."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -111,14 +111,19 @@ def labels_of(case: Case) -> torch.Tensor:
     return labels
 
 
-def reference_loss(case: Case, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def reference_loss(
+    case: Case,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
     """The loss by full logits: cross-entropy, or equation 7 of the DPO paper."""
     logits = hidden[:, :, :-1] @ weight.T * case.scale
     if case.softcap:
         logits = case.softcap * torch.tanh(logits / case.softcap)
     wanted = labels[:, 1:]
-    chosen = logits.log_softmax(-1).gather(-1, wanted.clamp(min=0)[None, ..., None].expand(2, -1, -1, 1))
-    scores = chosen.squeeze(-1) * (wanted != IGNORED)
+    picked = wanted.clamp(min=0)[None, ..., None].expand(2, -1, -1, 1)
+    scores = logits.log_softmax(-1).gather(-1, picked).squeeze(-1) * (wanted != IGNORED)
     if case.method == "sft":
         return -scores[0].sum() / ITEMS
     ratios = scores.sum(-1)[0] - scores.sum(-1)[1].detach()
@@ -150,7 +155,8 @@ def compare(case: Case, folder: Path) -> dict[str, object]:
     loss = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(ITEMS))
     loss.backward()
 
-    exact = [p.detach().double().requires_grad_() for p in (model.base_model.hidden, model.head.weight)]
+    parameters = (model.base_model.hidden, model.head.weight)
+    exact = [parameter.detach().double().requires_grad_() for parameter in parameters]
     expected = reference_loss(case, *exact, labels)
     expected.backward()
     found = {"loss": relative(loss.detach(), expected.detach())}
@@ -166,7 +172,8 @@ def compare(case: Case, folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    assert isinstance(chunked_logprob._forward_kernel, InterpretedFunction), "set TRITON_INTERPRET=1"
+    interpreted = isinstance(chunked_logprob._forward_kernel, InterpretedFunction)
+    assert interpreted, "set TRITON_INTERPRET=1"
     chunked_logprob._use_triton = utils._use_triton = lambda _: True  # else only on a GPU
     cases = [
         Case(method, dtype, vocabulary, chunk, softcap, scale, train_head=softcap is None)

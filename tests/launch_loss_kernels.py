@@ -1,4 +1,4 @@
-"""Compile and launch TRL's loss for GPUs that are not there: `PYTHONPATH=… launch_loss_kernels.py 75 80`.
+"""Compile and launch TRL's loss for GPUs that are not there: `launch_loss_kernels.py 75 80`.
 
 Everything is the real thing down to libcuda, which is the stand-in of `drivers.py` (its folder is
 in TRITON_LIBCUDA_PATH and LD_LIBRARY_PATH): TRL's fused LM head calls its kernels, Triton
@@ -9,6 +9,7 @@ libcuda. Nothing is computed. Prints a line of JSON for each kernel that was com
 import ctypes
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 
@@ -60,20 +61,23 @@ def compiled(number: int) -> Iterator[dict[str, object]]:
     """Describe each variant that was compiled for this compute capability."""
     for kernel in KERNELS:
         for variant in kernel.device_caches[number][0].values():
-            constants = {kernel.arg_names[place]: value for (place,), value in variant.src.constants.items()}
+            named = variant.src.constants.items()
+            constants = {kernel.arg_names[place]: value for (place,), value in named}
+            (target,) = re.findall(r"^\.target sm_(\d+)", variant.asm["ptx"], re.MULTILINE)
             yield {
                 "kernel": kernel.fn.__name__,
-                "target": next(w for w in variant.asm["ptx"].splitlines() if w.startswith(".target")),
+                "card": target,
                 "elf": variant.asm["cubin"].startswith(b"\x7fELF"),
                 "bytes": len(variant.asm["cubin"]),
                 "dtype": variant.src.signature["mm_ptr"],
-                "constants": {name: value for name, value in constants.items() if value is not None},
+                "softcap": constants["HAS_SOFTCAP"],
+                "constants": constants,
             }
 
 
 def main(numbers: list[int]) -> None:
     chunked_logprob._use_triton = utils._use_triton = lambda _: True  # else only on a GPU
-    scalings: tuple[dict[str, float], ...] = ({}, {"final_logit_softcapping": 30.0, "logit_scale": 0.5})
+    scalings: list[dict[str, float]] = [{}, {"final_logit_softcapping": 30.0, "logit_scale": 0.5}]
     for number in numbers:
         triton.runtime.driver.set_active(Card(number))
         dtypes = (torch.bfloat16, torch.float16, torch.float32)

@@ -28,6 +28,7 @@ int probe(void) { int version = 0; return Py_IsInitialized() + cuDriverGetVersio
 """
 _LIBCUDA = "libcuda.so.1"
 _NO_PYTHON_H = re.compile(r"Python\.h'?:? (No such file|file not found)")  # gcc, clang
+_MAY_PASS = re.compile("No space left on device|Cannot allocate memory|Killed signal")
 _BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _SHOWN = 600  # characters of a compiler's last words
 _LOAD = "import ctypes, os, sys; ctypes.PyDLL(sys.argv[1], os.RTLD_NOW)"
@@ -49,7 +50,7 @@ class Toolchain:
         spec = importlib.util.find_spec("triton")
         package = Path(spec.origin).parent if spec and spec.origin else None
         scheme = sysconfig.get_default_scheme()
-        # Debian's own scheme adds "local", where no headers are; Triton replaces it in the same way.
+        # Debian's own scheme adds "local", where no headers are. Triton replaces it in this way.
         paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
         return cls(environ, package, Path(paths["include"]))
 
@@ -115,8 +116,8 @@ def check_compiler(toolchain: Toolchain, cache: Path) -> None:
         )
     if toolchain.compiler is None:
         raise errors.MachineError(
-            "Triton finds no C compiler (gcc or clang in PATH), which it needs on a GPU: the loss is "
-            f"a Triton kernel. {_advice()}"
+            "Triton finds no C compiler (gcc or clang in PATH), which it needs on a GPU: the loss "
+            f"is a Triton kernel. {_advice()}"
         )
     if not find_libcuda(toolchain.environ):
         raise errors.MachineError(
@@ -136,7 +137,7 @@ def _compile_probe(toolchain: Toolchain, package: Path, scratch: Path) -> Path:
     command = toolchain.command(package, source, library)
     environ = {**toolchain.environ, "LC_ALL": "C"}  # the messages are looked at
     try:
-        ended = subprocess.run(command, env=environ, capture_output=True, check=False)  # noqa: S603 - Triton's own
+        ended = _run(command, environ)
     except OSError as e:
         raise errors.MachineError(
             f"Triton cannot start the C compiler {command[0]!r} ({e.strerror}). Set CC to the path "
@@ -151,7 +152,8 @@ def _compile_probe(toolchain: Toolchain, package: Path, scratch: Path) -> Path:
             f"{toolchain.python_include}. {_advice()} (a Python that did not come with the system "
             "has its own headers)"
         )
-    raise errors.MachineError(
+    kind = errors.JobError if _MAY_PASS.search(said) else errors.MachineError
+    raise kind(
         f"The C compiler {command[0]} cannot build what Triton needs on a GPU. {_advice()} Its "
         f"last words: {said[-_SHOWN:]}"
     )
@@ -169,7 +171,7 @@ def _load_probe(built: Path, folder: Path, environ: Mapping[str, str]) -> None:
             library = shutil.copy(built, place)
             noexec = bool(os.statvfs(place).f_flag & os.ST_NOEXEC)
             command = [sys.executable, "-I", "-S", "-c", _LOAD, library]
-            loaded = subprocess.run(command, env=environ, capture_output=True, check=False)  # noqa: S603 - ours
+            loaded = _run(command, environ)
     except OSError as e:
         if e.errno not in _BARRED:
             raise
@@ -189,6 +191,15 @@ def _load_probe(built: Path, folder: Path, environ: Mapping[str, str]) -> None:
     raise errors.MachineError(
         f"Triton cannot load what it compiles from {folder}: {reason}. If the NVIDIA driver is in "
         f"order (`nvidia-smi`), set {setting} to a folder from which libraries may be loaded"
+    )
+
+
+def _run(command: list[str], environ: Mapping[str, str]) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(  # noqa: S603 - Triton's command, or ours
+        command,
+        env=environ,
+        capture_output=True,
+        check=False,
     )
 
 
