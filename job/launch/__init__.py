@@ -5,9 +5,10 @@ What the processes make is in ``task.out``; how each of them ended is in ``task.
 
 from job.launch.processes import die_with, digests, over, task, training
 from job.launch.strategy import choose
-from job.launch.team import environment, team
+from job.launch.team import check_environment, environment, team
 
 __all__ = [
+    "check_environment",
     "choose",
     "die_with",
     "digests",
