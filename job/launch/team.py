@@ -34,8 +34,8 @@ def team(settings: Config, here: Node, gpus: int) -> Team:
 
 
 # What CUDA's libraries read when they start, so it cannot be set later. cuBLAS: its documentation, section "Results
-# reproducibility"; flash-attention: transformers' integrations/flash_attention.py; NCCL: sums made in the switch
-# (NVLS) are in no fixed order, those of rings and trees are.
+# reproducibility"; flash-attention: transformers' modeling_flash_attention_utils.py; NCCL: sums made in the switch
+# (NVLS) are in no fixed order, those of rings and trees are (Megatron-LM demands the same in its deterministic mode).
 _DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "FLASH_ATTENTION_DETERMINISTIC": "1",
