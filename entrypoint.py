@@ -55,6 +55,8 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
         log.event("cluster.spare", "another process of this machine does the work, and starts those it needs")
         return
     team = launch.team(settings, where, len(gpus))
+    if gpus:
+        launch.check_environment(settings, machine.environ)
     store, cache = storage.connect(settings.run.url), cli.cache(settings, machine.environ, where.rank)
     if not restart and _over(store, cache, settings, claim.agree(store, settings), notice):
         return
@@ -159,7 +161,14 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
     name = resumed.name if resumed else None
     peers.tell(start=dataclasses.asdict(start), team=dataclasses.asdict(team), inputs=made_from, resumed=name)
     peers.await_ready()
-    environ = launch.environment(machine.environ, team, gpus, peers.address, cache.kernels())
+    environ = launch.environment(
+        machine.environ,
+        team,
+        gpus,
+        peers.address,
+        kernel_cache=cache.kernels(),
+        deterministic=config.train.deterministic,
+    )
     with publish.tidied(store, start.attempt, machine.notice):
         launch.training(machine.command, task, environ, machine.notice, meeting)
     return task.out
@@ -208,8 +217,14 @@ def help_out(here: Here) -> None:
         resumed = kept.named(told["resumed"]).path if told["resumed"] else None
         team = dataclasses.replace(inputs.Team(**told["team"]), node=here.team.node)
         task = launch.task(config, start, team, base, data, resumed, cache)
-        gpus = cluster.gpus(machine.environ)
-        environ = launch.environment(machine.environ, team, gpus, first.address, cache.kernels())
+        environ = launch.environment(
+            machine.environ,
+            team,
+            cluster.gpus(machine.environ),
+            first.address,
+            kernel_cache=cache.kernels(),
+            deterministic=config.train.deterministic,
+        )
         log.event(
             "node.train", f"training as node {here.team.node} of {here.team.nodes}; the first one tells how it goes"
         )
@@ -227,7 +242,10 @@ def look(machine: cli.Machine, *, restart: bool = False) -> None:
     from job import claim, cluster, launch, paths, pull, storage
 
     config = machine.config
-    launch.team(config, cluster.discover(machine.environ), len(cluster.gpus(machine.environ)))
+    gpus = cluster.gpus(machine.environ)
+    launch.team(config, cluster.discover(machine.environ), len(gpus))
+    if gpus:
+        launch.check_environment(config, machine.environ)
     store = storage.connect(config.run.url)
     if not restart:
         claim.agree(store, config)

@@ -111,11 +111,18 @@ class Team:
     port: int = 0
     gpus: bool = False
     """Whether each process has a GPU."""
+    sharded_over: int = 0
+    """With fsdp, how many processes share one copy of the frozen base; 0 means all of them."""
 
     @property
     def size(self) -> int:
         """How many there are: the world size."""
         return self.nodes * self.processes
+
+    @property
+    def shards(self) -> int:
+        """Return how many processes share one copy of the frozen base under fsdp."""
+        return self.sharded_over or self.size
 
     @property
     def grouped(self) -> bool:

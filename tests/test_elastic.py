@@ -81,6 +81,12 @@ def share(config: Path, attempt: int) -> float:
     return next((float(line["held"] / line["whole"]) for line in lines if line["event"] == "train.shared"), 1.0)
 
 
+def checked_packed_weights(config: Path, attempt: int) -> bool:
+    """Whether an attempt compared gathered 4-bit weights with those that were quantized."""
+    log = config.parent / "run" / "attempts" / f"{attempt}.jsonl"
+    return any(json.loads(line)["event"] == "train.packed" for line in log.read_text().splitlines())
+
+
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[[str], Path]:
     """The undisturbed run of one process, for each way to hold the base."""
@@ -132,8 +138,9 @@ def test_a_run_that_changes_its_processes_in_the_middle_ends_the_same(
 
     is_as(config, alone(quantization))
     for attempt, (processes, strategy) in enumerate(legs, start=1):
-        shares = processes if strategy in ("fsdp", "zero3") else 1
-        assert share(config, attempt) < 1.2 / shares
+        sharded = strategy in ("fsdp", "zero3")
+        assert share(config, attempt) < 1.2 / (processes if sharded else 1)
+        assert checked_packed_weights(config, attempt) == (sharded and quantization != "none")
 
 
 @pytest.mark.slow
@@ -211,6 +218,9 @@ def is_alike(folder: Path, make: Callable[[Path], Path]) -> None:
         *((strategy, 2, "adamw_torch", "float32") for strategy in STRATEGIES),
         *((strategy, 2, "adamw_torch", "bfloat16") for strategy in STRATEGIES),
         ("ddp", 3, "adamw_8bit", "bfloat16"),
+        ("ddp", 3, "adamw_torch", "float32"),  # from three on, DDP's order of adding up could change after a step
+        ("ddp", 4, "adamw_torch", "float32"),
+        ("fsdp", 4, "adamw_torch", "float32"),
         ("fsdp", 3, "adamw_8bit", "float32"),
         ("zero3", 3, "adamw_torch", "bfloat16"),  # whose shares are filled up
         ("fsdp", 1, "paged_adamw_8bit", "bfloat16"),

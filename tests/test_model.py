@@ -88,7 +88,7 @@ def test_a_base_that_is_loaded_in_pieces_is_the_same(
     pieces.fill(outline, "")
     outline.tie_weights()
 
-    whole = weights.for_training(tmp_path / "base", asked, shared=True)
+    whole = weights.for_training(tmp_path / "base", asked)
     assert torch.equal(outline(tokens).logits, whole(tokens).logits)
     if quantization == "none":
         assert torch.equal(outline(tokens).logits, network.eval()(tokens).logits)

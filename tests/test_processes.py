@@ -49,7 +49,8 @@ def task(tiny_run: Callable[..., Path], tmp_path: Path) -> inputs.Task:
 def train(code: str, task: inputs.Task, notice: preemption.Notice | None = None) -> None:
     """Launch two processes that do `code`; they know their `rank` and can `tell` how they end."""
     program = [sys.executable, "-c", WORKER.format(root=str(ROOT)) + code]
-    environ = launch.environment(os.environ, task.team, (), None, task.scratch / "kernels")
+    kernels = task.scratch / "kernels"
+    environ = launch.environment(os.environ, task.team, (), None, kernel_cache=kernels, deterministic=True)
     launch.training(program, task, environ, notice or preemption.Notice())
 
 

@@ -58,16 +58,37 @@ def test_what_cannot_work_together_is_refused_with_the_alternative(
         config.read(tiny_run(**wanted))
 
 
+KERNELS = Path("/cache/finetune-job/triton")
+
+
+def environment_of(
+    environ: dict[str, str],
+    team: inputs.Team,
+    gpus: tuple[str, ...],
+    address: str | None = None,
+    *,
+    deterministic: bool = True,
+) -> dict[str, str]:
+    return launch.environment(
+        environ,
+        team,
+        gpus,
+        address,
+        kernel_cache=KERNELS,
+        deterministic=deterministic,
+    )
+
+
 def test_the_environment_of_those_that_train_is_ours(tmp_path: Path) -> None:
     """Nothing of another launcher, as many threads as cores for each, and the GPUs that were given."""
     environ = {"HOME": str(tmp_path), "RANK": "5", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x", "GROUP_ID": "mine"}
 
-    made = launch.environment(environ, inputs.Team(processes=2), ("4", "5", "6"), None, tmp_path / "kernels")
+    made = environment_of(environ, inputs.Team(processes=2), ("4", "5", "6"))
 
     assert made["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert made["OMP_NUM_THREADS"] == str(max(1, cluster.cpus() // 2))
     assert made["GROUP_ID"] == "mine"
-    assert made["TRITON_CACHE_DIR"] == str(tmp_path / "kernels")  # one for all of them
+    assert made["TRITON_CACHE_DIR"] == str(KERNELS)  # one for all of them
     assert not made.keys() & {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
 
 
@@ -77,18 +98,43 @@ def test_what_the_user_has_set_is_left_alone() -> None:
         "OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "ib0", "PYTORCH_ALLOC_CONF": "backend:native",
         "TRITON_CACHE_DIR": "/kernels",
     }  # fmt: skip
-    kernels = Path("/cache/triton")
 
-    assert own.items() <= launch.environment(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1", kernels).items()
+    assert own.items() <= environment_of(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1").items()
     older = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}  # torch would prefer ours under the new name
-    assert "PYTORCH_ALLOC_CONF" not in launch.environment(older, inputs.Team(), ("0",), None, kernels)
+    assert "PYTORCH_ALLOC_CONF" not in environment_of(older, inputs.Team(), ("0",))
 
 
 def test_gloo_is_told_the_interface_that_the_others_reach() -> None:
     """The host's own name often means the loopback, where nobody else is."""
-    made = launch.environment({}, inputs.Team(nodes=2), (), "127.0.0.1", Path("/cache/triton"))
+    assert environment_of({}, inputs.Team(nodes=2), (), "127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
 
-    assert made["GLOO_SOCKET_IFNAME"] == "lo"
+
+CUDA_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+    "NCCL_NVLS_ENABLE": "0",
+}
+
+
+def test_cuda_starts_deterministic_unless_the_config_says_otherwise() -> None:
+    """The libraries read these when they start: later is too late. Without a GPU there is nothing to set."""
+    team = inputs.Team(processes=2)
+
+    assert CUDA_DETERMINISTIC.items() <= environment_of({}, team, ("0", "1")).items()
+    assert not CUDA_DETERMINISTIC.keys() & environment_of({}, team, ("0", "1"), deterministic=False).keys()
+    assert not CUDA_DETERMINISTIC.keys() & environment_of({}, team, ()).keys()
+    assert environment_of({"NCCL_NVLS_ENABLE": "1"}, team, ("0", "1"))["NCCL_NVLS_ENABLE"] == "1"
+
+
+def test_a_workspace_with_which_results_vary_is_refused(tiny_run: Callable[..., Path]) -> None:
+    """In the first second: torch would refuse it at the first product of matrices, after loading the model."""
+    settings = config.read(tiny_run())
+    launch.check_environment(settings, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+
+    with pytest.raises(errors.ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG is :0:0.*:4096:8 or :16:8"):
+        launch.check_environment(settings, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
+    free = config.read(tiny_run(train={"deterministic": False}))
+    launch.check_environment(free, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
 
 
 MODELS = {  # hidden size, width of the MLP, layers, words, width of keys and values

@@ -14,7 +14,7 @@ NEUTRAL = frozenset(
             f"run.{key}"
             for key in ("name", "url", "cache", "cache_limit", "conditional_writes", "lease_seconds", "give_up_after")
         ),
-        *(f"train.{key}" for key in ("log_every", "micro_batch_size", "gradient_checkpointing")),
+        *(f"train.{key}" for key in ("log_every", "micro_batch_size", "gradient_checkpointing", "deterministic")),
     }
 )
 BEGAN = "began"  # the section of a kept config that says which attempt began the run

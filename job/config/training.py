@@ -45,6 +45,8 @@ class Train(Section):
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = "paged_adamw_8bit"
     """Paged optimizer states move to host memory under pressure, so that a long example is no out-of-memory error."""
     gradient_checkpointing: bool = True
+    deterministic: bool = True
+    """Use only kernels that give the same bits each time, so that a resumed run ends with the same weights on a GPU."""
     log_every: Annotated[int, Field(ge=1)] = 10
     eval_every: Annotated[int, Field(ge=1)] = 100
     keep_best: bool = True

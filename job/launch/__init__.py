@@ -6,9 +6,10 @@ What the processes make is in ``task.out``; how each of them ended is in ``task.
 from job.launch.kernels import check_machine
 from job.launch.processes import die_with, digests, over, task, training
 from job.launch.strategy import choose
-from job.launch.team import environment, team
+from job.launch.team import check_environment, environment, team
 
 __all__ = [
+    "check_environment",
     "check_machine",
     "choose",
     "die_with",

@@ -35,17 +35,30 @@ def team(settings: Config, here: Node, gpus: int) -> Team:
     return found
 
 
+# What CUDA's libraries read when they start, so it cannot be set later. cuBLAS: its documentation, section "Results
+# reproducibility"; flash-attention: transformers' modeling_flash_attention_utils.py; NCCL: sums made in the switch
+# (NVLS) are in no fixed order, those of rings and trees are (Megatron-LM demands the same in its deterministic mode).
+_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+    "NCCL_NVLS_ENABLE": "0",
+}
+_REPRODUCIBLE_WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS; torch refuses any other in deterministic mode
+
+
 def environment(
     environ: Mapping[str, str],
     team: Team,
     gpus: tuple[str, ...],
     address: str | None,
+    *,
     kernel_cache: Path,
+    deterministic: bool,
 ) -> dict[str, str]:
-    """Return the environment of the processes of `team` here, whose `address` the others know.
+    """Return the environment of the processes of `team` on this machine, whose `address` the others know.
 
     All of them keep what Triton compiles in `kernel_cache`: its own default is the user's home,
-    which may be read-only. What the user has set himself is left alone.
+    which may be read-only. What the user has set is left alone.
     """
     ours = {n: v for n, v in environ.items() if n not in _OF_A_LAUNCHER and not n.startswith("TORCHELASTIC_")}
     chosen = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # we say what there is to say
@@ -54,6 +67,8 @@ def environment(
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: team.processes])
         if "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
             chosen["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # examples differ in length: less lies waste
+    if gpus and deterministic:
+        chosen |= _DETERMINISTIC
     if team.processes > 1:
         chosen["OMP_NUM_THREADS"] = str(max(1, cluster.cpus() // team.processes))
     if address and (interface := cluster.interface(address)):
@@ -61,3 +76,15 @@ def environment(
     if team.strategy.startswith("zero"):
         ours["ACCELERATE_USE_DEEPSPEED"] = "true"
     return {**chosen, **ours}
+
+
+def check_environment(settings: Config, environ: Mapping[str, str]) -> None:
+    """Raise `errors.ConfigError` if a variable of the user contradicts `train.deterministic`."""
+    if not settings.train.deterministic:
+        return
+    workspace = environ.get("CUBLAS_WORKSPACE_CONFIG", _REPRODUCIBLE_WORKSPACES[0])
+    if workspace not in _REPRODUCIBLE_WORKSPACES:
+        raise errors.ConfigError(
+            f"CUBLAS_WORKSPACE_CONFIG is {workspace}, and train.deterministic needs :4096:8 or :16:8. Unset the "
+            "variable, or set train.deterministic to false"
+        )

@@ -30,11 +30,10 @@ def compute_dtype(wanted: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def for_training(base: Path, settings: config.Model, *, shared: bool = False) -> PreTrainedModel:
+def for_training(base: Path, settings: config.Model) -> PreTrainedModel:
     """Load the model at `base` as `settings` ask: quantized, on this process's GPU (or the CPU).
 
-    One that comes quantized stays as it is. Quantized weights that are to be `shared` among processes are stored as
-    numbers of the compute dtype, which torch and DeepSpeed can cut in pieces.
+    One that comes quantized stays as it is.
 
     Raises `errors.ModelError` if transformers cannot load it.
     """
@@ -46,7 +45,7 @@ def for_training(base: Path, settings: config.Model, *, shared: bool = False) ->
             f"the base is quantized already ({scheme}) and stays so, whatever model.quantization says",
         )
         return _prequantized(base, described, scheme, settings, dtype, torch.device(_device()))
-    quantized = _quantization(settings, described, dtype, shared=shared)
+    quantized = _quantization(settings, described, dtype)
     loaded = _load(
         base, described, settings, dtype=dtype, quantization_config=quantized,
         device_map=None if is_deepspeed_zero3_enabled() else {"": _device()},  # type: ignore[no-untyped-call]
@@ -61,7 +60,7 @@ def for_answering(base: Path, settings: config.Model) -> PreTrainedModel:
     if scheme:
         return for_training(base, settings)
     dtype = compute_dtype(settings.compute_dtype)
-    how = _quantization(settings, described, dtype, shared=False)
+    how = _quantization(settings, described, dtype)
     where = "auto" if torch.cuda.is_available() else {"": "cpu"}
     loaded = _load(base, described, settings, dtype=dtype, quantization_config=how, device_map=where)
     odd = (layer for layer in _packed(loaded) if layer.in_features % _BLOCK or layer.out_features % _BLOCK)
@@ -75,7 +74,7 @@ def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces
     described, _ = describe(base, settings)
     files = Pieces(base, torch.device(_device()), dtype)
     how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
-    found = pieces.outline(described, dtype, _quantization(settings, described, dtype, shared=True), **how)
+    found = pieces.outline(described, dtype, _quantization(settings, described, dtype), **how)
     files.call_as(found)
     if _kept_apart(found) or _turned(found) or not files.fit(found):
         return None
@@ -162,7 +161,7 @@ def _odd(network: PreTrainedModel, files: Pieces) -> list[str]:
 
 def quantized(described: PretrainedConfig, settings: config.Model, dtype: torch.dtype) -> frozenset[str]:
     """The names of the layers that are quantized to train on, in a base that is not quantized already."""
-    how = _quantization(settings, described, dtype, shared=False)
+    how = _quantization(settings, described, dtype)
     if how is None:
         return frozenset()
     network = pieces.skeleton(described, dtype, trust_remote_code=settings.trust_remote_code)
@@ -211,9 +210,7 @@ def _device() -> int | str:
     return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
 
 
-def _quantization(
-    settings: config.Model, described: PretrainedConfig, dtype: torch.dtype, *, shared: bool
-) -> BitsAndBytesConfig | None:
+def _quantization(settings: config.Model, described: PretrainedConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if settings.quantization == "none":
         return None
     how: dict[str, Any] = {"load_in_8bit": True}
@@ -223,7 +220,9 @@ def _quantization(
             "bnb_4bit_quant_type": settings.quantization,
             "bnb_4bit_use_double_quant": settings.double_quant,
             "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": dtype if shared else torch.uint8,
+            # Bytes, never a float type: FSDP2 copies sharded weights by torch._foreach_copy_, which
+            # on CUDA rewrites what looks like a NaN of bfloat16 or float16 (pytorch issue 159333).
+            "bnb_4bit_quant_storage": torch.uint8,
         }
     if kept := kept_whole(described, dtype):
         how["llm_int8_skip_modules"] = kept

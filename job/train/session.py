@@ -20,11 +20,12 @@ from job.inputs import AFTER_A_LOSS, Task
 from job.model import tokenizer
 from job.model.vision import Vision
 from job.preemption import Notice
-from job.train import pictures, placement, result
+from job.train import deterministic, pictures, placement, result
 from job.train.arguments import arguments
 from job.train.borders import Borders
 from job.train.cadence import Cadence, due
 from job.train.order import Order, filled
+from job.train.packed_weights import PackedWeightsCheck
 from job.train.pairs import Collator, PairTrainer
 from job.train.progress import Progress
 from job.train.ranks import Ranks, Stuck
@@ -41,11 +42,13 @@ def train(task: Task, notice: Notice, stuck: Stuck, rank: int, listening: int | 
     process is gone, and `errors.ModelError` when training cannot give a usable adapter.
     """
     datasets.disable_progress_bars()
+    if task.config.train.deterministic:
+        deterministic.use_deterministic_kernels()
     timeout = task.config.distributed.timeout_minutes * 60
     ranks = Ranks(task.team, rank)
     try:
         ranks.meet(listening, timeout, stuck)
-        with ranks.together(), _memory():
+        with ranks.together(), deterministic.named_operation(), _memory():
             if ranks.first:
                 _lead(task, notice, ranks)
             else:
@@ -92,6 +95,7 @@ def _trainer(
     rows = Dataset.from_file(str(task.data / "train.arrow"))
     whole = filled(rows, settings.train.global_batch_size)
     micro = settings.train.micro_batch_size * ranks.size
+    placed = placement.adapted(task)
     kind, more = _kind(task, words, seeing=pictures.COLUMN in rows.column_names)
     trainer = kind(
         saving,
@@ -99,7 +103,7 @@ def _trainer(
         ranks,
         Order(len(rows), len(whole), settings.run.seed),
         keep_best=keep_best,
-        model=placement.adapted(task),
+        model=placed.model,
         args=told,
         processing_class=words,
         train_dataset=whole,
@@ -108,6 +112,8 @@ def _trainer(
         **more,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if placed.packed:
+        trainer.add_callback(PackedWeightsCheck(trainer, placed.packed))
     if settings.data.packing:
         trainer.add_callback(Borders(trainer, rows[0]["input_ids"]))
     placement.settle(trainer.model, task)
