@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from job import errors
+from job import errors, failures
 from job.inputs import Team
 
 Stuck = Callable[[str, bool], None]
@@ -120,13 +120,24 @@ class Ranks:
         """Until the next mark nobody is stuck: a large model may be on a slow disk, the last upload take its time."""
         self._at = math.inf
 
+    @property
+    def at(self) -> str:
+        """What this process does since its last mark."""
+        return self._what
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Raise `errors.PeerError` in place of what torch raises in this block when another process is gone."""
+        """Raise `errors.PeerError` in place of what torch raises in this block when another process is gone.
+
+        NCCL reports a fault of this process's own GPU by the same class of error: that is left as it is.
+        """
         try:
             yield
         except RuntimeError as e:
             if self.size == 1 or not (isinstance(e, distributed.DistError) or "gloo" in str(e)):
+                raise
+            failure = failures.find(str(e))
+            if failure and failure.kind != "peer":
                 raise
             told = " ".join(str(e).split())  # NCCL tells the cause in the last of several lines
             raise errors.PeerError(f"rank {self.rank} lost another process at {self._what}: {told}") from e

@@ -1,0 +1,51 @@
+"""What the kernel tells of the memory of this process's container: its limit, and whom it killed for want of it."""
+
+import re
+from pathlib import Path
+
+_ROOT = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
+_NO_LIMIT = 1 << 60  # version 1 writes a number near 2^63 where there is none
+
+
+def oom_kills(root: Path = _ROOT, own: Path = _OWN) -> int:
+    """Return how many processes of this container the kernel has killed so far because memory ran out.
+
+    0 where it does not tell, as outside of any container.
+    """
+    for folder in _folders(root, own):
+        for name in ("memory.events", "memory.oom_control"):  # of version 2, and of version 1
+            if found := re.search(r"^oom_kill (\d+)$", _read(folder / name), re.MULTILINE):
+                return int(found[1])
+    return 0
+
+
+def memory_limit(root: Path = _ROOT, own: Path = _OWN) -> int | None:
+    """Return the bytes of memory that this container may have, the smallest of all around it; None without a limit."""
+    told = [_read(folder / name) for folder in _folders(root, own) for name in ("memory.max", "memory.limit_in_bytes")]
+    limits = [int(text) for text in told if text.strip().isdecimal()]
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+
+
+def _folders(root: Path, own: Path) -> list[Path]:
+    """Return the folders of this process's memory cgroup and of those around it, the innermost first.
+
+    A line of /proc/self/cgroup is `0::/path` in version 2 and `7:memory:/path` in version 1. A container often sees its
+    own group as the root, whatever the path says: so a folder that is not there is left out.
+    """
+    found = []
+    for line in _read(own).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "memory" if controllers else root
+        inner = top / path.strip("/")
+        found += [folder for folder in (inner, *inner.parents) if folder == top or top in folder.parents]
+    return [folder for folder in found if folder.is_dir()]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("ascii")
+    except OSError:
+        return ""
