@@ -98,7 +98,7 @@ class DiskFullError(JobError):
 
 
 class GpuError(JobError):
-    """A GPU failed, or what ran on it did: another one may not. Counted, so that it is not tried for ever."""
+    """A GPU failed, or what ran on it did: another one may not. Counted, so retries end."""
 
     fault = "gpu"
 

@@ -1,7 +1,7 @@
-"""A failed GPU, a used-up memory or a lost process, told from what torch, CUDA and their libraries say.
+"""Tell a failed GPU, a used-up memory and a lost process apart by what the libraries say.
 
-The texts were read in the sources: torch 2.13 (c10/cuda, ProcessGroupNCCL.cpp), NCCL (enqueue.cc, init.cc), Triton
-(backends/nvidia/driver.py), and the strings of bitsandbytes 0.50.2's CUDA library.
+The texts were read in the sources: torch 2.13 (c10/cuda, ProcessGroupNCCL.cpp), NCCL (enqueue.cc,
+init.cc), Triton (backends/nvidia/driver.py), and the strings of bitsandbytes 0.50.2's CUDA library.
 """
 
 import re
@@ -15,15 +15,17 @@ Kind = Literal["gpu", "gpu memory", "host memory", "shared memory", "peer"]
 
 # In the order in which they are looked for at one place of the text; the first place counts.
 _SAYS = re.compile(
-    r"(?P<full>CUDA out of memory\.(?:(?! If reserved)[^\n])*)"  # without torch's advice, for we set that already
+    r"(?P<full>CUDA out of memory\.(?:(?! If reserved)[^\n])*)"  # torch's advice is set already
     r"|CUDA(?: driver)? error: (?P<torch>[^\n]+)"
     r"|Cuda failure (?:\d+ )?'(?P<nccl>[^'\n]+)'"
     r"|Triton Error \[CUDA\]: (?P<triton>[^\n]+)"
     r"|(?P<cudnn>cuDNN error: \w+)"
-    r"|^Error (?P<bitsandbytes>[^\n]+) at line \d+ in file \S+$"  # on stderr, before its C++ calls exit(1)
+    # what its C++ writes to stderr before it calls exit(1)
+    r"|^Error (?P<bitsandbytes>[^\n]+) at line \d+ in file \S+$"
     r"|(?P<host>DefaultCPUAllocator: (?:can't allocate|not enough) memory[^\n]*|std::bad_alloc"
     r"|Unable to allocate [^\n]+ for an array|Cannot allocate memory)"
-    r"|(?P<shared>Error while creating shared memory segment[^\n]*|unable to allocate shared memory[^\n]*)"
+    r"|(?P<shared>Error while creating shared memory segment[^\n]*"
+    r"|unable to allocate shared memory[^\n]*)"
     r"|(?P<peer>remote process exited or there was a network error|ncclRemoteError"
     r"|Watchdog caught collective operation timeout[^\n]*)",
     re.MULTILINE,
@@ -33,15 +35,18 @@ _SOURCES: dict[str, Kind] = {
 }  # fmt: skip
 _SPEAKERS = {"nccl": "NCCL: ", "triton": "Triton: ", "bitsandbytes": "bitsandbytes: "}
 _NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|HOST_ALLOCATION_FAILED", re.IGNORECASE)
-_NO_HANDLE = "STATUS_NOT_INITIALIZED"  # what cuBLAS and cuDNN say when there is no memory for their own workspace
+# What cuBLAS and cuDNN say when there is no memory for their workspace, or the driver is broken.
+_NO_HANDLE = "STATUS_NOT_INITIALIZED"
 _AT_EXIT = "driver shutting down"  # of a process that ends anyway
-_WORKSPACE = 1 << 30  # bytes; with so much free a library's own few hundred megabytes were not refused for want of it
+# Bytes. With so much free a library's own few hundred megabytes were not refused for want of it.
+_WORKSPACE = 1 << 30
 _HARDWARE = re.compile(
-    r"ECC|NVLink|hardware|busy or unavailable|unknown error|fallen off|is lost|no CUDA-capable|launch timed out",
+    r"ECC|NVLink|hardware|busy or unavailable|unknown error|fallen off|is lost|no CUDA-capable"
+    r"|launch timed out",
     re.IGNORECASE,
 )
-_TOO_OLD = re.compile(r"no kernel image|driver version is insufficient|unsupported toolchain", re.IGNORECASE)
-_TALKS_TO_OTHERS = re.compile(r"NCCL|ProcessGroup|c10d|gloo|TCPStore|DistBackendError", re.IGNORECASE)
+_TOO_OLD = re.compile(r"no kernel image|driver version is insufficient|unsupported toolchain")
+_TALKS_TO_OTHERS = re.compile(r"NCCL|ProcessGroup|c10d|[Gg]loo|TCPStore|DistBackendError")
 _TRIED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 _UNUSED = re.compile(r"([\d.]+ \w+) is reserved by PyTorch but unallocated")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -56,10 +61,10 @@ class Failure:
 
 
 def find(text: str, free: int | None = None) -> Failure | None:
-    """Return the first failure that `text` tells of, for what follows is mostly its consequence; None without one.
+    """Return the first failure that `text` tells of, for the rest mostly follow from it.
 
-    `free` is how many bytes of the GPU's memory were free then, if that is known: what CUDA calls "out of memory"
-    while there is plenty is memory of the host that it could not pin.
+    `free` is how many bytes of the GPU's memory were free then, if that is known: what CUDA calls
+    "out of memory" while there is plenty is memory of the host that it could not pin.
     """
     for match in _SAYS.finditer(text):
         source, said = str(match.lastgroup), match[str(match.lastgroup)].strip(" .")
@@ -78,12 +83,12 @@ def lost_another(text: str) -> bool:
 
 
 def explain(failure: Failure, settings: Config, more: str = "") -> errors.JobError:
-    """Return the error that `failure` is, with what to do; `more` is what else is known, such as the step."""
+    """Return the error for `failure`, with what to do; `more` is what else is known."""
     if failure.kind == "gpu memory":
         told = f"the GPU's memory is too small{more}: {failure.said}"
         if _is_fragmented(failure.said):
             return errors.GpuBusyError(
-                f"{told}. torch held as much unused in pieces that were too small, which a new start does not"
+                f"{told}. torch held as much unused in smaller pieces, which a new start does not"
             )
         return errors.GpuMemoryError(f"{told}. {_less_on_the_gpu(settings)}")
     if failure.kind == "host memory":
@@ -92,24 +97,22 @@ def explain(failure: Failure, settings: Config, more: str = "") -> errors.JobErr
         )
     if failure.kind == "shared memory":
         return errors.HostMemoryError(
-            f"the shared memory is too small{more}: {failure.said}. Give the container more (docker: "
-            "--shm-size, Kubernetes: sizeLimit of the volume shm)"
+            f"the shared memory is too small{more}: {failure.said}. Give the container more "
+            "(docker: --shm-size, Kubernetes: sizeLimit of the volume shm)"
         )
     if failure.kind == "peer":
         return errors.PeerError(f"another process of the run was lost{more}: {failure.said}")
-    if _TOO_OLD.search(failure.said):
-        return errors.PermanentError(
-            f"CUDA error{more}: {failure.said}. The GPU or its driver is older than this build of torch supports: use "
-            "another GPU, or a newer driver"
-        )
-    return errors.GpuError(f"CUDA error{more}: {failure.said}. {_look_at_the_gpu(failure.said)}")
+    return _gpu_error(failure.said, more)
 
 
 def killed_for_memory(settings: Config, limit: int | None) -> errors.HostMemoryError:
-    """Return the error of a process that the kernel killed because memory ran out, in a container with this limit."""
-    within = f"its container may have {limit / 2**30:.1f} GiB" if limit else "the machine has no more"
+    """Return the error of a process that the kernel killed for want of memory.
+
+    `limit` is that of its container in bytes, None if there is none.
+    """
+    within = f" (its container may have {limit / 2**30:.1f} GiB)" if limit else ""
     return errors.HostMemoryError(
-        f"the kernel killed it because the host's memory ran out ({within}). {_less_on_the_host(settings)}"
+        f"the kernel killed it, for the host's memory ran out{within}. {_less_on_the_host(settings)}"
     )
 
 
@@ -140,8 +143,8 @@ def _less_on_the_gpu(settings: Config) -> str:
     changes = []
     if settings.train.micro_batch_size > 1:
         changes.append(
-            f"lower train.micro_batch_size ({settings.train.micro_batch_size}; the result stays the same, and the run "
-            "goes on from its last checkpoint)"
+            f"lower train.micro_batch_size ({settings.train.micro_batch_size}; the result stays "
+            "the same, and the run goes on from its last checkpoint)"
         )
     if not settings.train.gradient_checkpointing:
         changes.append("set train.gradient_checkpointing to true")
@@ -162,13 +165,22 @@ def _less_on_the_host(settings: Config) -> str:
     return f"Change one of these: {'; '.join(changes)}"
 
 
-def _look_at_the_gpu(said: str) -> str:
+def _gpu_error(said: str, more: str) -> errors.JobError:
+    told = f"CUDA error{more}: {said}"
+    if _TOO_OLD.search(said):
+        return errors.PermanentError(
+            f"{told}. The GPU or its driver is older than this build of torch supports: use "
+            "another GPU, or a newer driver"
+        )
     if "device-side assert" in said:
-        return (
-            "A kernel was given a number out of its range, such as a token that the model has no row for; it says "
-            "where in the lines above. Start again with CUDA_LAUNCH_BLOCKING=1 to see which call"
+        return errors.GpuError(
+            f"{told}. A kernel was given a number out of its range, such as a token that the model "
+            "has no row for; it says where in the lines above. Start again with "
+            "CUDA_LAUNCH_BLOCKING=1 to see which call"
         )
     look = "look at `dmesg | grep -i xid` and `nvidia-smi -q -d ECC` there"
     if _HARDWARE.search(said):
-        return f"The GPU or its link is broken: take the node out of service, and {look}"
-    return f"If it comes again on the same node, take that out of service, and {look}"
+        out = "The GPU or its link is broken: take the node out of service"
+    else:
+        out = "If it comes again on the same node, take that out of service"
+    return errors.GpuError(f"{told}. {out}, and {look}")

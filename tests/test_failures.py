@@ -97,7 +97,10 @@ def test_what_nobody_knows_is_nothing() -> None:
 
 def test_the_first_failure_is_the_reason() -> None:
     """A process whose GPU failed loses the others, and one that lost the others may end with any CUDA error."""
-    own, lost = "CUDA error: unspecified launch failure\n", "ncclRemoteError: remote process exited\n"
+    own, lost = (
+        "CUDA error: unspecified launch failure\n",
+        "ncclRemoteError: remote process exited\n",
+    )
 
     assert getattr(failures.find(own + lost), "kind", None) == "gpu"
     assert getattr(failures.find(lost + own), "kind", None) == "peer"
@@ -106,10 +109,22 @@ def test_the_first_failure_is_the_reason() -> None:
 @pytest.mark.parametrize(
     ("text", "free", "kind"),
     [
-        ("CUDA error: out of memory", 8 * GIB, "host memory"),  # it could not pin memory of the host
+        (
+            "CUDA error: out of memory",
+            8 * GIB,
+            "host memory",
+        ),  # it could not pin memory of the host
         ("CUDA error: out of memory", GIB // 4, "gpu memory"),
-        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", GIB // 4, "gpu memory"),
-        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", 8 * GIB, "gpu"),
+        (
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+            GIB // 4,
+            "gpu memory",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+            8 * GIB,
+            "gpu",
+        ),
         (FULL.format("0.40 GiB"), 8 * GIB, "gpu memory"),
     ],
 )
@@ -126,7 +141,10 @@ def test_what_is_free_on_the_gpu_tells_which_memory_ran_out(text: str, free: int
     [
         (WATCHDOG.format("CUDA error: an illegal memory access was encountered"), False),
         (WATCHDOG.format("NCCL error: remote process exited or there was a network error"), True),
-        (WATCHDOG.format("NCCL error: unhandled system error, ncclSystemError: System call failed"), True),
+        (
+            WATCHDOG.format("NCCL error: unhandled system error, ncclSystemError: System call failed"),
+            True,
+        ),
         ("terminate called after throwing an instance of 'gloo::IoException'", True),
         ("free(): invalid pointer\n", False),
         ("", False),
@@ -143,7 +161,9 @@ def explained(text: str, settings: config.Config) -> errors.JobError:
     return failures.explain(found, settings, " at step 7")
 
 
-def test_too_little_memory_on_the_gpu_is_permanent_and_says_what_to_change(tiny_run: Callable[..., Path]) -> None:
+def test_too_little_memory_on_the_gpu_is_permanent_and_says_what_to_change(
+    tiny_run: Callable[..., Path],
+) -> None:
     """Every start would come to the same step; the keys that leave the result as it is stand first."""
     settings = config.read(tiny_run(train={"micro_batch_size": 2, "gradient_checkpointing": False}))
 
@@ -166,7 +186,9 @@ def test_what_cannot_be_lowered_is_not_proposed(tiny_run: Callable[..., Path]) -
     assert "train." not in str(explained(FULL.format("0.40 GiB"), settings))
 
 
-def test_memory_that_only_lay_in_pieces_is_worth_another_start(tiny_run: Callable[..., Path]) -> None:
+def test_memory_that_only_lay_in_pieces_is_worth_another_start(
+    tiny_run: Callable[..., Path],
+) -> None:
     """The allocator had as much as it asked for, which a new process finds in one piece."""
     assert explained(FULL.format("2.50 GiB"), config.read(tiny_run())).status == 1
     assert explained(FULL.format("900.00 MiB"), config.read(tiny_run())).status == 64
@@ -176,10 +198,18 @@ def test_memory_that_only_lay_in_pieces_is_worth_another_start(tiny_run: Callabl
     ("said", "status", "advice"),
     [
         ("uncorrectable ECC error encountered", 1, "is broken: take the node out of service"),
-        ("uncorrectable NVLink error detected during the execution", 1, "is broken: take the node out of service"),
+        (
+            "uncorrectable NVLink error detected during the execution",
+            1,
+            "is broken: take the node out of service",
+        ),
         ("an illegal memory access was encountered", 1, "If it comes again on the same node"),
         ("device-side assert triggered", 1, "CUDA_LAUNCH_BLOCKING=1"),
-        ("no kernel image is available for execution on the device", 64, "older than this build of torch supports"),
+        (
+            "no kernel image is available for execution on the device",
+            64,
+            "older than this build of torch supports",
+        ),
     ],
 )
 def test_a_fault_of_the_gpu_says_where_to_look(
@@ -193,7 +223,9 @@ def test_a_fault_of_the_gpu_says_where_to_look(
     assert advice in str(error)
 
 
-def test_too_little_memory_on_the_host_is_worth_another_start(tiny_run: Callable[..., Path]) -> None:
+def test_too_little_memory_on_the_host_is_worth_another_start(
+    tiny_run: Callable[..., Path],
+) -> None:
     """On a machine that has more, or when others have ended there."""
     offloading = {"distributed": {"strategy": "fsdp", "offload": True}}
     error = explained("DefaultCPUAllocator: can't allocate memory: 8 bytes", config.read(tiny_run(**offloading)))

@@ -151,7 +151,7 @@ def with_gpus(task: inputs.Task) -> inputs.Task:
 def test_a_gpu_that_fails_is_a_failure_of_its_own_also_among_several_machines(
     task: inputs.Task, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """NCCL's watchdog aborts it as if it had lost another; nobody would ever count it. The user still sees the words."""
+    """NCCL's watchdog aborts it as if it had lost another; nobody would count it. The user still sees the words."""
     with pytest.raises(errors.WorkerError) as caught:
         train(ABORTED.format(ECC), with_gpus(with_another_machine(task)))
 

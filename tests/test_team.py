@@ -72,16 +72,26 @@ def test_the_environment_of_those_that_train_is_ours(tmp_path: Path) -> None:
 
 def test_what_the_user_has_set_is_left_alone() -> None:
     """Who knows his cluster better than we do."""
-    own = {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "ib0", "PYTORCH_ALLOC_CONF": "backend:native"}
+    own = {
+        "OMP_NUM_THREADS": "3",
+        "GLOO_SOCKET_IFNAME": "ib0",
+        "NCCL_SOCKET_IFNAME": "eth",
+        "PYTORCH_ALLOC_CONF": "backend:native",
+    }
 
     assert own.items() <= launch.environment(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1").items()
     older = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}  # torch would prefer ours under the new name
     assert "PYTORCH_ALLOC_CONF" not in launch.environment(older, inputs.Team(), ("0",), None)
 
 
-def test_gloo_is_told_the_interface_that_the_others_reach() -> None:
-    """The host's own name often means the loopback, where nobody else is."""
-    assert launch.environment({}, inputs.Team(nodes=2), (), "127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
+def test_gloo_and_nccl_are_told_the_interface_that_the_others_reach() -> None:
+    """The host's own name often means the loopback; NCCL takes a bare name for a prefix: lo would fit lo1 as well."""
+    several = launch.environment({}, inputs.Team(nodes=2), (), "127.0.0.1")
+
+    assert several["GLOO_SOCKET_IFNAME"] == "lo"
+    assert several["NCCL_SOCKET_IFNAME"] == "=lo"
+    alone = launch.environment({}, inputs.Team(processes=2), ("0", "1"), None)  # NCCL finds its way on one machine
+    assert not alone.keys() & {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
 
 
 MODELS = {  # hidden size, width of the MLP, layers, words, width of keys and values

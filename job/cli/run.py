@@ -71,11 +71,13 @@ def validate(
 @debugging
 @click.pass_obj
 def worker(
-    program: Program, task: Path, parent: int, listening: int | None, terminal: int | None, as_json: bool, debug: bool  # noqa: FBT001 - click's flags
+    program: Program, task: Path, parent: int, listening: int | None, terminal: int | None,
+    as_json: bool, debug: bool,  # noqa: FBT001 - click's flags
 ) -> None:  # fmt: skip
-    """Train, as one of the processes that `run` started; rank 0 is given the socket at which the others find it.
+    """Train, as one of the processes that `run` started; rank 0 is given the meeting socket.
 
-    `terminal` is the open file that is the stderr of the job; our own is a pipe on which the libraries are listened to.
+    `terminal` is the open file that is the stderr of the job; our own is a pipe on which the
+    libraries are listened to.
     """
     from job import inputs, launch, outcome
 

@@ -73,15 +73,16 @@ def memory(gpus: tuple[str, ...]) -> int | None:
 
 
 def memory_in_use(gpu: str) -> int:
-    """Return the bytes of this GPU's memory that any process uses; 0 if the driver's library does not say."""
+    """Return the bytes of this GPU's memory that processes use; 0 if the driver does not say."""
     import pynvml
 
     opened = _opened()
     try:
-        handle = opened[int(gpu)] if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(_whole(gpu, opened))
+        by_number = {str(number): handle for number, handle in enumerate(opened)}
+        handle = by_number.get(gpu) or pynvml.nvmlDeviceGetHandleByUUID(_whole(gpu, opened))
         # version 2 leaves out what the driver keeps for itself, half a gigabyte on a large GPU
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
-    except (pynvml.NVMLError, IndexError):
+    except pynvml.NVMLError:
         return 0
 
 

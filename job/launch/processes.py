@@ -83,7 +83,7 @@ def training(
         failure = notice.take()
         if isinstance(failure, errors.FencedError):
             raise failure
-        if verdict.find_failed(given):  # ours count more than those of other machines, or a request to stop
+        if verdict.find_failed(given):  # more than other machines' failures, or a request to stop
             verdict.judge(given, environ)
         if failure and not _done(given):
             raise failure
@@ -97,7 +97,7 @@ class _Worker:
     process: "subprocess.Popen[bytes]"
     words: LastWords
     kills: int
-    """How many processes of this container the kernel had killed for want of memory when it began."""
+    """How many processes of this container the kernel had killed for memory when it began."""
 
 
 def die_with(parent: int) -> None:
@@ -117,8 +117,8 @@ def _start(
 ) -> _Worker:
     """One process of the team, told its place as torchrun would.
 
-    Its Python writes to the stderr of the job, its libraries to a pipe that ends there: a bar needs a terminal, and the
-    job needs to know what a library said before it aborted the process.
+    Its Python writes to the stderr of the job, its libraries to a pipe that ends there: a bar needs
+    a terminal, and the job needs to know what a library said before it aborted the process.
     """
     team, more, opened = given.team, {}, []
     if team.grouped:
@@ -187,9 +187,9 @@ def _alive(
     for rank, worker in running.items():
         status = worker.process.returncode
         if status is not None and rank not in known:
+            end = verdict.Silent(rank, status, looked, worker.words.text())
             asked, short = notice.reason is not None, cluster.oom_kills() > worker.kills
-            words = worker.words.text()
-            given.ended(verdict.describe_silent(given, rank, status, looked, words, asked=asked, short=short))
+            given.ended(verdict.describe_silent(given, end, asked=asked, short=short))
     return alive
 
 

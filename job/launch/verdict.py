@@ -1,18 +1,21 @@
-"""How training ended: what its processes said themselves, and what the job makes of the end of those that could not."""
+"""How training ended: by what its processes said, and what is seen of those that could not."""
 
 import platform
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from job import cluster, errors, failures, log, preemption
 from job.inputs import Outcome, Task, Team
 
-_REASON_SECONDS = 30.0  # longer than another machine needs to say why it ends, or is silent before it is taken for dead
+# Longer than another machine needs to say why it ends, or is silent before it is taken for dead.
+_REASON_SECONDS = 30.0
 _SHOWN_LINES = 20  # of the last words, in the log of the attempt
-_SHARED_BYTES = 1 << 30  # in use on a GPU when training is gone, beyond what a desktop or an idle process takes
+# In use on a GPU when training is gone; a desktop or an idle process takes less.
+_SHARED_BYTES = 1 << 30
 _MEANS = {
-    "SIGBUS": "; a file that is mapped into memory could not be read or written, mostly for a full /dev/shm or disk",
+    "SIGBUS": "; a file mapped into memory was not there: look for a full disk or /dev/shm",
     "SIGKILL": "; the kernel kills so when memory runs out",
 }
 
@@ -20,7 +23,8 @@ _MEANS = {
 def judge(given: Task, environ: Mapping[str, str]) -> None:
     """Raise what the processes on this machine ended with, if they did not end well.
 
-    `environ` is theirs. To be called when all of them are gone: only then is what a GPU still holds somebody else's.
+    `environ` is theirs. To be called when all of them are gone: only then is what a GPU still holds
+    somebody else's.
     """
     team, outcomes = given.team, given.outcomes()
     if failed := find_failed(given):
@@ -36,33 +40,51 @@ def judge(given: Task, environ: Mapping[str, str]) -> None:
 
 def find_failed(given: Task) -> list[Outcome]:
     """Return the ends that are failures, the first one first."""
-    return [outcome for outcome in given.outcomes() if outcome.status not in (errors.DONE, errors.AGAIN)]
+    well = (errors.DONE, errors.AGAIN)
+    return [outcome for outcome in given.outcomes() if outcome.status not in well]
 
 
-def describe_silent(
-    given: Task, rank: int, status: int, seen: float, words: str, *, asked: bool, short: bool
-) -> Outcome:
-    """Return how process `rank` ended at the time `seen`, with `status` and these last words, without saying so itself.
+@dataclass(frozen=True)
+class Silent:
+    """A process that ended without saying why; `words` is the end of what its libraries wrote."""
 
-    It was `asked` to stop before, or the container was `short` of memory and the kernel killed some process in it.
-    torch aborts a process from a thread of its own when NCCL fails: because another process is gone, which is not this
-    one's failure, or because its own GPU failed, which is.
+    rank: int
+    status: int
+    seen: float
+    """When it was seen to run for the last time."""
+    words: str
+
+
+def describe_silent(given: Task, end: Silent, *, asked: bool, short: bool) -> Outcome:
+    """Return what to make of such an `end`.
+
+    `asked`: the job was asked to stop before. `short`: the kernel killed some process of this
+    container for want of memory. torch aborts a process from a thread of its own when NCCL fails:
+    because another process is gone, which is not this one's failure, or because its own GPU failed,
+    which is.
     """
-    if words:
-        log.detail("worker.words", "\n".join(words.splitlines()[-_SHOWN_LINES:]), rank=rank)
-    if asked and -status in (*preemption.SIGNALS, preemption.STOP):  # before it could hear it
-        return Outcome(rank, errors.AGAIN, _killed(status), seen)
-    if status == -signal.SIGABRT and given.team.size > 1 and failures.lost_another(words):
-        why = f"rank {rank} was aborted by torch, which lost another process"
-        return Outcome(rank, errors.AGAIN, why, seen, lost=True)
-    if status == -signal.SIGKILL and short:
-        error: errors.JobError = failures.killed_for_memory(given.config, cluster.memory_limit())
-        return Outcome(rank, error.status, str(error), seen, fault=error.fault)
-    failure = failures.find(words)
-    if failure and failure.kind != "peer" and status != -signal.SIGKILL:
-        error = failures.explain(failure, given.config)
-        return Outcome(rank, error.status, str(error), seen, fault=error.fault)
-    return Outcome(rank, errors.FAILED, _killed(status), seen)
+    if end.words:
+        last = end.words.splitlines()[-_SHOWN_LINES:]
+        log.detail("worker.words", "\n".join(last), rank=end.rank)
+    if asked and -end.status in (*preemption.SIGNALS, preemption.STOP):  # before it could hear it
+        return Outcome(end.rank, errors.AGAIN, _killed(end.status), end.seen)
+    aborted = end.status == -signal.SIGABRT and given.team.size > 1
+    if aborted and failures.lost_another(end.words):
+        why = f"rank {end.rank} was aborted by torch, which lost another process"
+        return Outcome(end.rank, errors.AGAIN, why, end.seen, lost=True)
+    error = _error_of(given, end, short=short)
+    return Outcome(end.rank, error.status, str(error), end.seen, fault=error.fault)
+
+
+def _error_of(given: Task, end: Silent, *, short: bool) -> errors.JobError:
+    if end.status == -signal.SIGKILL:
+        if short:
+            return failures.killed_for_memory(given.config, cluster.memory_limit())
+        return errors.JobError(_killed(end.status))
+    failure = failures.find(end.words)
+    if failure is None or failure.kind == "peer":
+        return errors.JobError(_killed(end.status))
+    return failures.explain(failure, given.config)
 
 
 def _failure(first: Outcome, team: Team, environ: Mapping[str, str]) -> errors.WorkerError:
@@ -72,10 +94,11 @@ def _failure(first: Outcome, team: Team, environ: Mapping[str, str]) -> errors.W
     if gpu and first.fault.startswith("gpu"):
         who = f"{who} on {platform.node()} (GPU {gpu})".lstrip()
     why = f"{who}: {first.why}" if who else first.why
-    if gpu and first.fault == "gpu memory" and (used := cluster.memory_in_use(gpu)) > _SHARED_BYTES:
+    used = cluster.memory_in_use(gpu) if gpu and first.fault == "gpu memory" else 0
+    if used > _SHARED_BYTES:
         return errors.WorkerError(
-            f"{why}. But other processes use {log.size(used)} of that GPU: end them, or start again when they have "
-            "ended; what training needs may fit then",
+            f"{why}. But other processes use {log.size(used)} of that GPU: end them, or start "
+            "again when they have ended; what training needs may fit then",
             errors.FAILED,
         )
     return errors.WorkerError(why, first.status)

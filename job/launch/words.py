@@ -1,4 +1,4 @@
-"""The last words of a process that trains: what its libraries wrote to stderr before they ended it."""
+"""The last words of a worker: what its libraries wrote to stderr before they ended it."""
 
 import os
 import threading
@@ -11,10 +11,10 @@ _LATE_SECONDS = 1.0  # that words may take through the pipe when their process h
 
 
 class LastWords:
-    """Passes on what arrives through `pipe` to this process's stderr at once, and keeps the end of it.
+    """Passes on what arrives through `pipe` to this process's stderr, and keeps the end of it.
 
-    Python's own messages do not come this way: a worker writes them to the terminal itself, which it must know for one
-    to show bars. This is what C++ writes, which has nobody else to tell.
+    Python's own messages do not come this way: a worker writes them to the terminal itself, which
+    it must know for one to show bars. This is what C++ writes, which has nobody else to tell.
     """
 
     def __init__(self, pipe: IO[bytes]) -> None:
@@ -24,7 +24,8 @@ class LastWords:
 
     def text(self) -> str:
         """Return the last words so far, or all of them when the process has ended."""
-        self._reading.join(_LATE_SECONDS)  # not longer: a process that it left behind may hold the pipe open
+        # not longer: a process that it left behind may hold the pipe open
+        self._reading.join(_LATE_SECONDS)
         return self._end.decode("utf-8", "replace")
 
     def _read(self) -> None:

@@ -14,9 +14,10 @@ _PENDING = 4096  # passes whose times are not added up yet: on a GPU each holds 
 class Pace:
     """Measures from now on; on a GPU by its own clock, without making anything wait.
 
-    Under FSDP2 the hooks of a sharded layer gather its weights before its forward pass, in which a fast process waits
-    for a slow one, and free them after it. Ours are put between: what they measure begins when the weights are there.
-    To be made after the model was sharded. Not for ZeRO-3, which gathers inside the layers.
+    Under FSDP2 the hooks of a sharded layer gather its weights before its forward pass, in which a
+    fast process waits for a slow one, and free them after it. Ours are put between: what they
+    measure begins when the weights are there. To be made after the model was sharded. Not for
+    ZeRO-3, which gathers inside the layers.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -25,7 +26,7 @@ class Pace:
         self._passes: list[tuple[Any, Any]] = []
         self._seconds = 0.0
         for module in _computing(network):
-            module.register_forward_pre_hook(self._start)  # FSDP2's own is prepended, so it comes first
+            module.register_forward_pre_hook(self._start)  # FSDP2's is prepended: it comes first
             module.register_forward_hook(self._stop, prepend=True)
 
     def taken(self) -> float:
@@ -35,7 +36,8 @@ class Pace:
         return seconds
 
     def _start(self, module: nn.Module, _inputs: object) -> None:
-        # a pass that is broken off leaves its beginning: checkpointing does so when it has recomputed what it needs
+        # a pass that is broken off leaves its beginning: checkpointing does so when it has
+        # recomputed what it needs
         self._begun[module] = self._now()
 
     def _stop(self, module: nn.Module, _inputs: object, _outputs: object) -> None:
@@ -59,7 +61,7 @@ class Pace:
 
 
 def _computing(network: nn.Module) -> list[nn.Module]:
-    """Return the modules that wait for nobody in their forward passes: the sharded layers, else all of it at once."""
+    """Return the modules that wait for nobody in a forward pass: sharded layers, else the whole."""
     sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
     return [module for module in sharded if not _contains_sharded(module)] or [network]
 

@@ -182,7 +182,7 @@ def _run(
 
 @contextlib.contextmanager
 def _explaining_failures(task: Task, ranks: Ranks) -> Iterator[None]:
-    """Raise what a failed GPU or a used-up memory is, and what to do, in place of what torch raises in this block."""
+    """Raise what failed, and what to do, in place of what torch raises for a GPU or a memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
@@ -195,12 +195,13 @@ def _explaining_failures(task: Task, ranks: Ranks) -> Iterator[None]:
             raise
         more = f" at {ranks.at}"
         if failure.kind == "gpu memory" and free is not None:
-            more += f" ({log.size(free)} free, {log.size(torch.cuda.memory_reserved())} held by training)"
+            reserved = torch.cuda.memory_reserved()
+            more += f" ({log.size(free)} free, {log.size(reserved)} held by training)"
         raise failures.explain(failure, task.config, more) from e
 
 
 def _free_gpu_memory() -> int | None:
-    """Return the bytes that are free on this process's GPU; None without one, or if CUDA cannot be asked any more."""
+    """Return the bytes that are free on this process's GPU; None if CUDA cannot be asked."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
         return None
     try:

@@ -84,7 +84,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *how: Any, **more: Any) -> Any:
-        """Collate the micro batches of a step, each marked: images become numbers here, which takes its time."""
+        """Collate the micro batches of a step, each marked: images become numbers here."""
         self._micro_batch = 0
         return super().get_batch_samples(self._marked(epoch_iterator), *how, **more)
 
@@ -98,7 +98,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
             yield batch
 
     def training_step(self, *how: Any, **more: Any) -> Any:
-        """Mark every micro batch, blank ones too, so that a step of many is not taken for one that stands still."""
+        """Mark every micro batch, so that a step of many is not taken for one that stands still."""
         self._micro_batch += 1
         self._ranks.mark(f"step {self.state.global_step + 1}, micro batch {self._micro_batch}")
         return super().training_step(*how, **more)
