@@ -8,11 +8,13 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 # hadolint ignore=DL3006 -- the tag is in the argument
 FROM ${BASE_IMAGE} AS system
 # Versions are those of the base's distribution on the day of the build, with its security fixes; the SBOM lists them.
-# libgomp1 is what bitsandbytes' CPU library links; /cache and /etc/finetune are places for mounts, as nothing can be
+# libgomp1 is what bitsandbytes' CPU library links; NCCL opens libibverbs and its providers for InfiniBand and RoCE, and
+# talks over TCP without; /cache and /etc/finetune are places for mounts, as nothing can be
 # made later where the root file system is read-only. Group 0 may write, because OpenShift gives any user that group.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates libgomp1 python3 \
+    ibverbs-providers libibverbs1 \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
  && mkdir -p /etc/finetune /opt/job/sbom \
  && install -d -o 10001 -g 0 -m 770 /cache \

@@ -112,7 +112,7 @@ def killed_for_memory(settings: Config, limit: int | None) -> errors.HostMemoryE
     """
     within = f" (its container may have {limit / 2**30:.1f} GiB)" if limit else ""
     return errors.HostMemoryError(
-        f"the kernel killed it, for the host's memory ran out{within}. {_less_on_the_host(settings)}"
+        f"the kernel killed it, for host memory ran out{within}. {_less_on_the_host(settings)}"
     )
 
 

@@ -60,6 +60,7 @@ def test_rdma_brings_its_devices_and_refuses_to_do_without(components: tuple[str
     assert (limits["rdma/rdma_shared_device_a"], limits["nvidia.com/gpu"]) == (1, 8)
     told = {each["name"]: each.get("value") for each in container["env"]}
     assert told["NCCL_NET"] == "IB"
+    assert "ibverbs-providers" in (ROOT / "Dockerfile").read_text()  # or NCCL finds no device
     assert told["PET_NNODES"] == "2"
 
 

@@ -1,4 +1,4 @@
-"""How long this process's own share of the forward passes takes, without what it waits for the others."""
+"""How long this process's own share of the forward passes takes, without its waits for others."""
 
 import time
 from collections.abc import Sequence
