@@ -8,7 +8,8 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 # hadolint ignore=DL3006 -- the tag is in the argument
 FROM ${BASE_IMAGE} AS system
 # Versions are those of the base's distribution on the day of the build, with its security fixes; the
-# SBOM lists them. libgomp1 is what bitsandbytes' CPU library links. gcc and the headers of C and Python
+# SBOM lists them. libgomp1 is what bitsandbytes' CPU library links. NCCL opens libibverbs and its
+# providers for InfiniBand and RoCE, and talks over TCP without. gcc and the headers of C and Python
 # are for Triton: on a GPU it compiles its driver module at the first use, and TRL's loss is a Triton
 # kernel. What that never reads of gcc and Python is removed again: the link-time optimizer, the
 # sanitizers, the static libpython. /cache and /etc/finetune are places for mounts, as nothing can be
@@ -17,7 +18,7 @@ FROM ${BASE_IMAGE} AS system
 # hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    ca-certificates libgomp1 python3 gcc libc6-dev libpython3-dev \
+    ca-certificates libgomp1 python3 gcc libc6-dev libpython3-dev ibverbs-providers libibverbs1 \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
  && find /usr/lib /usr/bin \( -name lto1 -o -name '*lto-dump*' -o -name 'lib*san.*' -o -name 'lib*san_*' \
     -o -name 'libpython*.a' \) -delete \

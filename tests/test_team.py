@@ -95,18 +95,13 @@ def test_the_environment_of_those_that_train_is_ours(tmp_path: Path) -> None:
 def test_what_the_user_has_set_is_left_alone() -> None:
     """Who knows his cluster better than we do."""
     own = {
-        "OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "ib0", "PYTORCH_ALLOC_CONF": "backend:native",
-        "TRITON_CACHE_DIR": "/kernels",
+        "OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "eth",
+        "PYTORCH_ALLOC_CONF": "backend:native", "TRITON_CACHE_DIR": "/kernels",
     }  # fmt: skip
 
     assert own.items() <= environment_of(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1").items()
     older = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}  # torch would prefer ours under the new name
     assert "PYTORCH_ALLOC_CONF" not in environment_of(older, inputs.Team(), ("0",))
-
-
-def test_gloo_is_told_the_interface_that_the_others_reach() -> None:
-    """The host's own name often means the loopback, where nobody else is."""
-    assert environment_of({}, inputs.Team(nodes=2), (), "127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 CUDA_DETERMINISTIC = {
@@ -135,6 +130,16 @@ def test_a_workspace_with_which_results_vary_is_refused(tiny_run: Callable[..., 
         launch.check_environment(settings, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
     free = config.read(tiny_run(train={"deterministic": False}))
     launch.check_environment(free, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
+
+
+def test_gloo_and_nccl_are_told_the_interface_that_the_others_reach() -> None:
+    """The host's own name often means the loopback; NCCL takes a bare name for a prefix: lo would fit lo1 as well."""
+    several = environment_of({}, inputs.Team(nodes=2), (), "127.0.0.1")
+
+    assert several["GLOO_SOCKET_IFNAME"] == "lo"
+    assert several["NCCL_SOCKET_IFNAME"] == "=lo"
+    alone = environment_of({}, inputs.Team(processes=2), ("0", "1"))  # NCCL finds its way on one machine
+    assert not alone.keys() & {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
 
 
 MODELS = {  # hidden size, width of the MLP, layers, words, width of keys and values

@@ -1,7 +1,8 @@
 """Where am I: which machine of how many, with which hardware; and in touch with the others."""
 
+from job.cluster.cgroup import memory_limit, oom_kills
 from job.cluster.first import First
-from job.cluster.hardware import cpus, free_memory, gpus, interface, memory
+from job.cluster.hardware import cpus, free_memory, gpus, interface, memory, memory_in_use
 from job.cluster.line import Asked, Lost, listen
 from job.cluster.node import Node, discover
 from job.cluster.peers import Alone, Other
@@ -19,6 +20,9 @@ __all__ = [
     "join",
     "listen",
     "memory",
+    "memory_in_use",
+    "memory_limit",
+    "oom_kills",
 ]
 
 

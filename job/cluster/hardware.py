@@ -72,6 +72,20 @@ def memory(gpus: tuple[str, ...]) -> int | None:
         return None
 
 
+def memory_in_use(gpu: str) -> int:
+    """Return the bytes of this GPU's memory that processes use; 0 if the driver does not say."""
+    import pynvml
+
+    opened = _opened()
+    try:
+        by_number = {str(number): handle for number, handle in enumerate(opened)}
+        handle = by_number.get(gpu) or pynvml.nvmlDeviceGetHandleByUUID(_whole(gpu, opened))
+        # version 2 leaves out what the driver keeps for itself, half a gigabyte on a large GPU
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
+    except pynvml.NVMLError:
+        return 0
+
+
 def _at(there: Sequence[str], name: str) -> str:
     """What the GPU that CUDA_VISIBLE_DEVICES calls `name`, perhaps by its number, is called here."""
     return there[int(name)] if name.isdecimal() and int(name) < len(there) else name

@@ -73,6 +73,10 @@ def environment(
         chosen["OMP_NUM_THREADS"] = str(max(1, cluster.cpus() // team.processes))
     if address and (interface := cluster.interface(address)):
         chosen["GLOO_SOCKET_IFNAME"] = interface  # it would take the one of the host's name, often the loopback
+        # NCCL would take any that is up, such as the USB link to a server's management controller.
+        # "=": this very name. InfiniBand and RoCE need it only to find each other; their devices
+        # are chosen by NCCL_IB_HCA.
+        chosen["NCCL_SOCKET_IFNAME"] = f"={interface}"
     if team.strategy.startswith("zero"):
         ours["ACCELERATE_USE_DEEPSPEED"] = "true"
     return {**chosen, **ours}
