@@ -1,7 +1,7 @@
 """Where am I: which machine of how many, with which hardware; and in touch with the others."""
 
 from job.cluster.first import First
-from job.cluster.hardware import cpus, free_memory, gpus, interface, memory
+from job.cluster.hardware import cpus, free_gpu_memory, free_memory, gpus, interface, memory
 from job.cluster.line import Asked, Lost, listen
 from job.cluster.node import Node, discover
 from job.cluster.peers import Alone, Other
@@ -13,6 +13,7 @@ __all__ = [
     "Other",
     "cpus",
     "discover",
+    "free_gpu_memory",
     "free_memory",
     "gpus",
     "interface",

@@ -72,6 +72,33 @@ def memory(gpus: tuple[str, ...]) -> int | None:
         return None
 
 
+def free_gpu_memory(gpus: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Return the free bytes of each of these GPUs, in CUDA's order; None without any, or if the driver does not say.
+
+    What this process itself has on them counts as used, its CUDA context too.
+    """
+    if not gpus:
+        return None
+    import pynvml
+
+    opened = _opened()
+    try:
+        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)).free) for gpu in gpus)
+    except (pynvml.NVMLError, IndexError) as e:
+        log.warn(
+            "cluster.free_memory",
+            f"the driver does not tell how much memory of GPU {', '.join(gpus)} is free ({e}): it is not used to "
+            "verify the result",
+        )
+        return None
+
+
+def _handle(gpu: str, opened: Sequence[Any]) -> Any:  # noqa: ANN401 - NVML's
+    import pynvml
+
+    return opened[int(gpu)] if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(_whole(gpu, opened))
+
+
 def _at(there: Sequence[str], name: str) -> str:
     """What the GPU that CUDA_VISIBLE_DEVICES calls `name`, perhaps by its number, is called here."""
     return there[int(name)] if name.isdecimal() and int(name) < len(there) else name

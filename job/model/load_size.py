@@ -1,0 +1,161 @@
+"""Bytes that loading a model takes, counted on its modules before a weight is read, and where they fit.
+
+Sizes are in bytes. Nothing here touches a GPU, so a machine's choice can be computed on another one.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import (
+    compute_module_sizes,
+    get_balanced_memory,
+    infer_auto_device_map,
+)
+
+from job.model import parts, pieces
+
+CONTEXT = 10**9
+"""On each GPU for the CUDA context, cuBLAS and fragments; NVML counts none of it before a process starts."""
+ROOM = 1.05
+"""For each byte of weights: what the allocator rounds up."""
+_BLOCK = 64  # weights that share one scale in 4 bits
+_SCALE = 4  # a scale in float32
+_DOUBLE_QUANT = 1 + 4 / 256  # a scale that is quantized to 8 bits itself, in blocks of 256
+_HALF = 2  # a number in 16 bits
+_AT_ONCE = 12  # tensors as wide as a layer's widest that exist while it is computed
+_VISION = 2 * 10**9  # for the activations of a vision tower, whose images we do not know here
+
+
+@dataclass(frozen=True)
+class LoadSize:
+    """What a model takes once it is loaded."""
+
+    numbers: int
+    """Weights, whatever each takes."""
+    weights: float
+    unpacked: float
+    """The largest quantized weight in 16 bits, as it is before it is quantized and when it is used."""
+    token: float
+    """Activations for each token of a forward pass, as wide as the widest layer."""
+    cache: float
+    """Keys and values of all layers for each token."""
+    vocabulary: int
+    """Rows of the embedding: logits for each position."""
+    fixed: float
+    """For what does not depend on the text."""
+
+    def passing(self, tokens: int) -> float:
+        """Return what a forward pass over so many tokens needs besides the weights, without logits."""
+        return tokens * (self.token + self.cache) + 2 * self.unpacked + self.fixed
+
+
+def outline(
+    model_config: PretrainedConfig, quantization: BitsAndBytesConfig | None, dtype: torch.dtype, **kwargs: object
+) -> PreTrainedModel:
+    """Build the modules on the meta device, those that will be quantized replaced by bitsandbytes' layers."""
+    network = pieces.skeleton(model_config, dtype, **kwargs)
+    if quantization is not None:
+        pieces.quantize(network, quantization)
+    return network
+
+
+def measure(network: PreTrainedModel, quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> LoadSize:
+    """Count an `outline`: tied weights once, and modules as they will really be quantized."""
+    packed = {
+        id(module.weight): module
+        for module in network.modules()
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    }
+    double = quantization is not None and bool(quantization.bnb_4bit_use_double_quant)
+    weights, numbers, largest = 0.0, 0, 0
+    for parameter in network.parameters():
+        numbers += parameter.numel()
+        module = packed.get(id(parameter))
+        if module is None:
+            weights += parameter.numel() * parameter.element_size()
+            continue
+        largest = max(largest, parameter.numel())
+        weights += _packed_size(parameter, module, double=double)
+    text = network.config.get_text_config()
+    return LoadSize(
+        numbers=numbers,
+        weights=weights,
+        unpacked=float(largest * _HALF),
+        token=float(_AT_ONCE * _widest(network, text) * dtype.itemsize),
+        cache=_cache(text, dtype),
+        vocabulary=int(network.get_input_embeddings().weight.shape[0]),
+        fixed=_VISION if parts.sees(network.config) else 0,
+    )
+
+
+def spread(
+    network: PreTrainedModel, size: LoadSize, gpus: Sequence[float], host: float = 0
+) -> dict[str, int | str] | None:
+    """Return the device of each module if the weights fit into `gpus` and `host`, else None.
+
+    `gpus` are the bytes for weights on each of them, in CUDA's order; what does not fit there goes to the host, which
+    transformers allows for weights that are not quantized only. Layers stay whole. It is what ``device_map="auto"``
+    would choose with these limits, so that it is known before anything is loaded.
+    """
+    quantizer = getattr(network, "hf_quantizer", None)
+    counted = compute_module_sizes(network, quantizer)[0][""]
+    scale = counted / size.weights  # transformers does not count the scales of quantized weights
+    limits: dict[int | str, int] = {number: max(0, int(free * scale)) for number, free in enumerate(gpus)}
+    limits["cpu"] = max(0, int(host * scale))
+    whole = network._no_split_modules  # noqa: SLF001 - transformers tells it nowhere else
+    with _quiet("accelerate.utils.modeling"):  # it warns of GPUs that the machine that computes this has not
+        balanced = get_balanced_memory(network, limits, whole, hf_quantizer=quantizer)
+        found: dict[str, int | str] = infer_auto_device_map(network, balanced, whole, hf_quantizer=quantizer)
+    devices = set(found.values())
+    if "disk" in devices or ("cpu" in devices and not host):
+        return None
+    return dict(found)
+
+
+def offloaded(network: PreTrainedModel, device_map: Mapping[str, int | str]) -> float:
+    """Return the bytes of the modules that `device_map` leaves in host memory."""
+    sizes = compute_module_sizes(network)[0]
+    return float(sum(sizes[name] for name, device in device_map.items() if device == "cpu"))
+
+
+def _packed_size(weight: nn.Parameter, module: nn.Module, *, double: bool) -> float:
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        return weight.numel() + weight.shape[0] * _SCALE
+    scale = _DOUBLE_QUANT if double else _SCALE
+    return weight.numel() * (0.5 + scale / _BLOCK)
+
+
+def _widest(network: PreTrainedModel, text: PretrainedConfig) -> int:
+    """Return the numbers of the widest activation of one token, logits aside."""
+    hidden = int(getattr(text, "hidden_size", 0) or 0)
+    wide = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
+    experts = int(getattr(text, "num_experts_per_tok", 0) or 0)
+    expert = int(getattr(text, "moe_intermediate_size", 0) or wide)
+    found = max(hidden, wide, experts * expert)
+    return found or max(parameter.shape[-1] for parameter in network.parameters())
+
+
+def _cache(text: PretrainedConfig, dtype: torch.dtype) -> float:
+    heads = int(getattr(text, "num_attention_heads", 0) or 0)
+    groups = int(getattr(text, "num_key_value_heads", 0) or heads)
+    hidden = int(getattr(text, "hidden_size", 0) or 0)
+    head = int(getattr(text, "head_dim", 0) or hidden // max(1, heads))
+    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    return float(2 * layers * groups * head * dtype.itemsize)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
