@@ -20,7 +20,7 @@ from conftest import command, files
 from safetensors.torch import load_file, save_file
 
 from job import card, cluster, config, errors, examine, inputs, merge
-from job.examine import judge, plain, runner
+from job.examine import judge, plain
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 

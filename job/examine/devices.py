@@ -14,8 +14,6 @@ PROCESS = 10**9
 """Host memory of the program that verifies, before it loads a model."""
 _FLOAT32_SHARE = 0.5
 """Of the free host memory: where float32 would need more, a CPU computes in bfloat16."""
-_HOST_SHARE = 0.8
-"""Of the free host memory for weights that do not fit on the GPUs."""
 _LOGIT = 10  # bytes of a logit while a loss is computed: in 16 bits, in float32, and its softmax
 _FEWEST, _MOST = 64, 1024  # positions whose logits are computed at once
 # Of the slowest machines: numbers that a GPU or a core computes in a second, and bytes that PCI Express carries.
@@ -125,7 +123,10 @@ def _on_gpus(network: PreTrainedModel, size: LoadSize, dtype: str, machine: Mach
     if len(limits) == 1 or sum(limits) < size.weights:
         return None
     device_map = load_size.spread(network, size, limits)
-    return Placement(device_map, dtype, _FEWEST, 1) if device_map else None
+    if not device_map:
+        return None
+    unused = (sum(limits) - size.weights) * load_size.ROOM / len(limits) / 2  # they are not filled alike
+    return Placement(device_map, dtype, *_at_once(size, work, unused))
 
 
 def _offloaded(network: PreTrainedModel, size: LoadSize, machine: Machine, work: Work) -> Placement | None:
@@ -133,7 +134,7 @@ def _offloaded(network: PreTrainedModel, size: LoadSize, machine: Machine, work:
         return None
     besides = _besides(size, work) + load_size.CONTEXT
     limits = [(free - besides) / load_size.ROOM for free in machine.gpus]
-    host = (machine.host * _HOST_SHARE - PROCESS) / load_size.ROOM
+    host = (machine.host * load_size.HOST_SHARE - PROCESS) / load_size.ROOM
     device_map = load_size.spread(network, size, limits, host)
     if not device_map or set(device_map.values()) == {"cpu"}:
         return None

@@ -64,7 +64,7 @@ class Questions:
         work = _work(kept, prompts, settings, models.adapter)
         choices = _choices(names, models.base, settings.model, machine, work)
         made = cls(models, settings, scratch, held["split"] if held else "some text", names, like, machine, choices)
-        made.examples, made.prompts = list(made._read(kept)), prompts  # noqa: SLF001 - its own
+        made.examples, made.prompts = list(made._read(kept)), prompts
         shown = [each for each in (*made.examples, *prompts) if "images" in each]
         if shown:
             _show(shown, models, settings, scratch)
@@ -173,10 +173,10 @@ class Questions:
 
     def _tuned(self, choices: Mapping[str, Sequence[Placement]]) -> str:
         """Which model answers as the tuned one: the merged, unless only the reference is on a GPU as a whole."""
-        merged, reference = (choices.get(name) or [None] for name in ("merged", self._reference))
-        if merged[0] is None:
+        merged, reference = choices.get("merged"), choices.get(self._reference)
+        if not merged:
             return self._reference
-        slow = reference[0] is not None and reference[0].fast and not merged[0].fast
+        slow = reference and reference[0].fast and not merged[0].fast
         return self._reference if slow else "merged"
 
     def _answers(self, name: str, placement: Placement) -> tuple[list[str], int, list[dict[str, Any]]]:
@@ -239,7 +239,7 @@ def outline(base: Path, model: config.Model, name: str | None, dtype: str) -> Ou
 
 
 def _machine(gpus: tuple[str, ...]) -> Machine:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # which the merge may have filled
     free = cluster.free_gpu_memory(gpus)
     return Machine(free or (), cluster.free_memory(), cluster.cpus())

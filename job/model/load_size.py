@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
@@ -18,6 +19,7 @@ from transformers.integrations.accelerate import (
     infer_auto_device_map,
 )
 
+from job import cluster, errors, log
 from job.model import parts, pieces
 
 CONTEXT = 10**9
@@ -29,6 +31,8 @@ _SCALE = 4  # a scale in float32
 _DOUBLE_QUANT = 1 + 4 / 256  # a scale that is quantized to 8 bits itself, in blocks of 256
 _HALF = 2  # a number in 16 bits
 _AT_ONCE = 12  # tensors as wide as a layer's widest that exist while it is computed
+_PROMPT = 512  # tokens that a model must at least be able to read and answer with
+HOST_SHARE = 0.8  # of the free host memory, for weights that do not fit on the GPUs
 _VISION = 2 * 10**9  # for the activations of a vision tower, whose images we do not know here
 
 
@@ -89,7 +93,7 @@ def measure(network: PreTrainedModel, quantization: BitsAndBytesConfig | None, d
         unpacked=float(largest * _HALF),
         token=float(_AT_ONCE * _widest(network, text) * dtype.itemsize),
         cache=_cache(text, dtype),
-        vocabulary=int(network.get_input_embeddings().weight.shape[0]),
+        vocabulary=_rows(network),
         fixed=_VISION if parts.sees(network.config) else 0,
     )
 
@@ -106,9 +110,9 @@ def spread(
     quantizer = getattr(network, "hf_quantizer", None)
     counted = compute_module_sizes(network, quantizer)[0][""]
     scale = counted / size.weights  # transformers does not count the scales of quantized weights
-    limits: dict[int | str, int] = {number: max(0, int(free * scale)) for number, free in enumerate(gpus)}
+    limits: dict[int | str, int | str] = {number: max(0, int(free * scale)) for number, free in enumerate(gpus)}
     limits["cpu"] = max(0, int(host * scale))
-    whole = network._no_split_modules  # noqa: SLF001 - transformers tells it nowhere else
+    whole = set(network._no_split_modules or ())  # noqa: SLF001 - transformers tells it nowhere else
     with _quiet("accelerate.utils.modeling"):  # it warns of GPUs that the machine that computes this has not
         balanced = get_balanced_memory(network, limits, whole, hf_quantizer=quantizer)
         found: dict[str, int | str] = infer_auto_device_map(network, balanced, whole, hf_quantizer=quantizer)
@@ -118,10 +122,66 @@ def spread(
     return dict(found)
 
 
+def place(
+    network: PreTrainedModel, size: LoadSize, quantization: str, free: Sequence[int], host: int | None = None
+) -> dict[str, int | str]:
+    """Return the device of each module of a model that is to answer, on GPUs with so many bytes `free`.
+
+    What does not fit there goes to the host, `host` bytes of which are free, unless it is quantized. Raises
+    `errors.ConfigError` with both sizes if that is not enough.
+    """
+    besides = size.passing(_PROMPT) + CONTEXT
+    need = size.weights * ROOM + besides
+    largest = max(range(len(free)), key=free.__getitem__)
+    if need <= free[largest]:
+        return {"": largest}
+    limits = [(each - besides) / ROOM for each in free]
+    room = 0.0 if quantization != "none" else (cluster.free_memory() if host is None else host) * HOST_SHARE
+    found = spread(network, size, limits, room)
+    if found is None or set(found.values()) == {"cpu"}:
+        raise errors.ConfigError(too_small(need, quantization, free))
+    if "cpu" in found.values():
+        log.warn(
+            "model.offloaded",
+            f"the model needs about {log.size(need)} in 16 bits, and {_describe(free)} free: "
+            f"{log.size(offloaded(network, found))} of weights stay in host memory and are sent to the GPU for each "
+            "token, which is slow; --quantization nf4 takes a quarter of the memory",
+        )
+    return found
+
+
+def check_packed(base: Path, scheme: str, free: int) -> None:
+    """Raise `errors.ConfigError` if the base, which comes quantized, does not fit on a GPU as its files are."""
+    need = sum(path.stat().st_size for path in base.glob("*.safetensors")) * ROOM + CONTEXT
+    if need > free:
+        raise errors.ConfigError(too_small(need, scheme, [free]))
+
+
+def too_small(need: float, quantization: str, free: Sequence[int]) -> str:
+    """Return what to say and to do where a model does not fit on the GPUs."""
+    smaller = "use --quantization nf4, " if quantization in ("none", "int8") else "use "
+    return (
+        f"{_describe(free)} free, and the model needs about {log.size(need)} ({quantization}): {smaller}a larger GPU, "
+        "or set CUDA_VISIBLE_DEVICES to nothing to answer on the CPU"
+    )
+
+
+def _describe(free: Sequence[int]) -> str:
+    if len(free) == 1:
+        return f"the GPU has {log.size(free[0])}"
+    return f"the {len(free)} GPUs have {log.size(sum(free))} together"
+
+
 def offloaded(network: PreTrainedModel, device_map: Mapping[str, int | str]) -> float:
     """Return the bytes of the modules that `device_map` leaves in host memory."""
     sizes = compute_module_sizes(network)[0]
     return float(sum(sizes[name] for name, device in device_map.items() if device == "cpu"))
+
+
+def _rows(network: PreTrainedModel) -> int:
+    weight = network.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return len(weight)
 
 
 def _packed_size(weight: nn.Parameter, module: nn.Module, *, double: bool) -> float:
