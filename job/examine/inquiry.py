@@ -89,9 +89,9 @@ class Inquiry:
                 self.found[name] = answer
             return []
         both = sorted(self.together) if name in self.together else [name]
-        used = self.choices[name][0]
+        used, *remaining = self.choices[name]
         for each in both:
-            self.choices[each] = self.choices[name][1:]
+            self.choices[each] = remaining
             self.found.pop(each, None)
         message = f"{CALLED[name]} could not be looked at on {used} ({fault}): tried on {self.choices[name][0]}"
         self.fallbacks.append(message)

@@ -169,7 +169,7 @@ def too_small(need: float, quantization: str, free: Sequence[int]) -> str:
 def _describe(free: Sequence[int]) -> str:
     if len(free) == 1:
         return f"the GPU has {log.size(free[0])}"
-    return f"the {len(free)} GPUs have {log.size(sum(free))} together"
+    return f"the {len(free)} GPUs together have {log.size(sum(free))}"
 
 
 def offloaded(network: PreTrainedModel, device_map: Mapping[str, int | str]) -> float:
