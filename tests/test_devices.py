@@ -13,7 +13,14 @@ DRIVER = GIB // 2
 """What the driver keeps of a card for itself, roughly: NVML never tells all of it as free."""
 
 
-def placements(name: str, gpus: list[int], host: int, *, quantized: bool = False, work: Work = WORK) -> list[Placement]:
+def placements(
+    name: str,
+    gpus: list[int],
+    host: int,
+    *,
+    quantized: bool = False,
+    work: Work = WORK,
+) -> list[Placement]:
     """Where the model may be on a machine with so many GiB on each GPU and on the host, and 8 cores."""
 
     def outline(dtype: str) -> Outlined:
@@ -50,7 +57,11 @@ def placements(name: str, gpus: list[int], host: int, *, quantized: bool = False
     ],
 )  # fmt: skip
 def test_a_model_is_verified_on_the_gpus_that_it_was_trained_on(
-    name: str, gpus: list[int], host: int, whole: str | None, trained: str
+    name: str,
+    gpus: list[int],
+    host: int,
+    whole: str | None,
+    trained: str,
 ) -> None:
     """Those in 16 bits too, if need be with a part in host memory; without a GPU on the CPU, if that holds them."""
     merged = placements(name, gpus, host)
@@ -107,7 +118,11 @@ def test_what_stays_in_host_memory_takes_its_time_for_each_pass() -> None:
     """So that no more examples are read than there is time for."""
     machine = Machine((80 * GIB,), 200 * GIB, 8)
     placement = placements("Llama-3.1-70B", [80], 200)[0]
-    size = load_size.measure(load_size.outline(SHAPES["Llama-3.1-70B"], None, torch.bfloat16), None, torch.bfloat16)
+    size = load_size.measure(
+        load_size.outline(SHAPES["Llama-3.1-70B"], None, torch.bfloat16),
+        None,
+        torch.bfloat16,
+    )
 
     seconds = placement.seconds(size, 1, machine)
 

@@ -19,7 +19,7 @@ import yaml
 from conftest import command, files
 from safetensors.torch import load_file, save_file
 
-from job import card, cluster, config, errors, examine, inputs, merge
+from job import card, cluster, config, errors, examine, inputs, merge, report
 from job.examine import judge, plain
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
@@ -73,10 +73,12 @@ def test_a_run_tells_what_its_result_is_like(
     assert abs(seen["loss"]["base"] - facts["loss_before"]) < 0.01
     assert seen["off"] < 0.02 < seen["effect"]
     assert seen["from_trained"]["other"] < seen["from_trained"]["merged"]  # the dequantized base is what it saw
-    report = (tmp_path / "run" / "report" / "report.md").read_text()
-    assert "| the merged model: into the original base |" in report
-    assert "Nearer to what was trained is the merge into the dequantized base" in report
-    assert report.count("**Tuned**") == len(seen["answers"]) == 2
+    written = (tmp_path / "run" / "report" / "report.md").read_text()
+    assert "- the base as it was trained on, with the adapter: on the CPU in float32" in written
+    assert not any("cut" in each for each in seen["answers"])
+    assert "| the merged model: into the original base |" in written
+    assert "Nearer to what was trained is the merge into the dequantized base" in written
+    assert written.count("**Tuned**") == len(seen["answers"]) == 2
     for place, library in (("adapter", "peft"), ("merged", "transformers")):
         card = (tmp_path / "run" / place / "README.md").read_text()
         head = yaml.safe_load(card.split("---")[1])
@@ -84,6 +86,24 @@ def test_a_run_tells_what_its_result_is_like(
         assert facts["inputs"]["base"] in card
         assert facts["inputs"]["data"] in card
     assert not [name for name in files(tmp_path / "cache" / "runs") if not name.endswith(".use")]
+
+
+def test_an_answer_that_the_time_has_cut_says_so(said: Callable[[], str], tmp_path: Path) -> None:
+    """In the log, in seen.json and in the report; there is nothing to say of one that ended."""
+    ended, cut = {"text": "yes", "tokens": 1, "cut": False}, {"text": "well then", "tokens": 2, "cut": True}
+    found = {
+        "merged": {"name": "merged", "answers": [ended, cut]},
+        "adapted": {"name": "adapted", "answers_before": [ended, ended]},
+    }
+    prompts = [{"prompt": "One?", "answer": "1"}, {"prompt": "Two?", "answer": "2"}]
+
+    told = judge.summarize(found, "eval", prompts, tmp_path, judge.Standard())
+
+    assert [each.get("cut") for each in told["answers"]] == [None, {"tuned": 2}]
+    assert "1 of 4 answers are shorter than examine.tokens, because the time was over" in said()
+    shown = report._answers(told["answers"])
+    assert shown.count("(cut after 2 tokens: the time was over)") == shown.count("cut after") == 1
+    assert "**Tuned** (cut after 2 tokens" in shown
 
 
 @pytest.mark.slow

@@ -27,13 +27,25 @@ NAMES = ("merged", "adapted", "trained")
 class Scripted(Program):
     """A program that answers as a script says: for each time it is asked, what it says of each model until it ends."""
 
-    def __init__(self, *rounds: Mapping[str, object], why: str = "", timed_out: bool = False) -> None:
+    def __init__(
+        self,
+        *rounds: Mapping[str, object],
+        why: str = "",
+        timed_out: bool = False,
+    ) -> None:
         super().__init__({})
         self.rounds, self.why, self.timed_out = list(rounds), why, timed_out
         self.asked: list[dict[str, Placement]] = []
         self.stops = 0
 
-    def ask(self, models: Sequence[Any], examples: Sequence[Any], scratch: Path, ends: float) -> Outcome:  # noqa: ARG002 - the signature of what it stands for
+    def ask(
+        self,
+        models: Sequence[Any],
+        examples: Sequence[Any],
+        scratch: Path,
+        ends: float,
+    ) -> Outcome:
+        del examples, scratch, ends  # the signature is that of what this stands for
         self.asked.append({each["name"]: each["placement"] for each in models})
         answers: Any = {name: {"name": name, **told} for name, told in self.rounds.pop(0).items()}  # type: ignore[dict-item]
         last = not self.rounds
@@ -54,7 +66,8 @@ def asked(program: Scripted, tmp_path: Path, *, seconds: float = 60) -> Inquiry:
 
 
 def test_a_lack_of_memory_sends_both_models_that_are_compared_to_the_next_device(
-    tmp_path: Path, said: Callable[[], str]
+    tmp_path: Path,
+    said: Callable[[], str],
 ) -> None:
     """Like with like: the one that did fit is computed again beside the other; it is said, and no error."""
     program = Scripted(
@@ -65,11 +78,15 @@ def test_a_lack_of_memory_sends_both_models_that_are_compared_to_the_next_device
     made = asked(program, tmp_path)
 
     assert program.asked[1] == {"merged": CPU, "adapted": CPU}
-    assert {name: each["loss"] for name, each in made.found.items()} == {"trained": 1.0, "merged": 2.0, "adapted": 3.0}
+    assert {name: each["loss"] for name, each in made.found.items()} == {
+        "trained": 1.0,
+        "merged": 2.0,
+        "adapted": 3.0,
+    }
     assert (made.placement("merged"), made.placement("trained")) == (CPU, GPU)
     (told,) = made.fallbacks
     assert "the original base with the adapter could not be looked at on the GPU in bfloat16 (OutOfM" in told
-    assert "): tried on the CPU in float32" in told
+    assert "): now on the CPU in float32" in told
     assert told in said()
     assert not made.left
 
@@ -77,7 +94,10 @@ def test_a_lack_of_memory_sends_both_models_that_are_compared_to_the_next_device
 def test_both_failing_together_skip_no_device(tmp_path: Path) -> None:
     """Two lacks of memory in one round are one step."""
     none = {"memory": "OutOfMemoryError"}
-    program = Scripted({"merged": none, "adapted": none, "trained": GOOD}, {"merged": GOOD, "adapted": GOOD})
+    program = Scripted(
+        {"merged": none, "adapted": none, "trained": GOOD},
+        {"merged": GOOD, "adapted": GOOD},
+    )
 
     made = asked(program, tmp_path)
 
@@ -87,7 +107,10 @@ def test_both_failing_together_skip_no_device(tmp_path: Path) -> None:
 
 def test_a_fault_of_the_gpu_takes_a_new_process(tmp_path: Path) -> None:
     """CUDA may fail in the old one for ever, so the models behind are asked about again, where they were."""
-    program = Scripted({"merged": {"gpu": "CUDA error: an illegal memory access"}}, dict.fromkeys(NAMES, GOOD))
+    program = Scripted(
+        {"merged": {"gpu": "CUDA error: an illegal memory access"}},
+        dict.fromkeys(NAMES, GOOD),
+    )
 
     made = asked(program, tmp_path)
 
@@ -107,10 +130,16 @@ def test_a_process_that_dies_at_a_model_tries_that_one_elsewhere(tmp_path: Path)
     assert made.fallbacks[0].count("it ended with -9") == 1
 
 
-def test_where_no_device_is_left_the_model_is_left_out(tmp_path: Path, said: Callable[[], str]) -> None:
+def test_where_no_device_is_left_the_model_is_left_out(
+    tmp_path: Path,
+    said: Callable[[], str],
+) -> None:
     """A good merge does not fail by it."""
     none = {"memory": "MemoryError"}
-    program = Scripted({"merged": none, "adapted": GOOD, "trained": GOOD}, {"merged": none, "adapted": GOOD})
+    program = Scripted(
+        {"merged": none, "adapted": GOOD, "trained": GOOD},
+        {"merged": none, "adapted": GOOD},
+    )
 
     made = asked(program, tmp_path)
 
@@ -119,7 +148,10 @@ def test_where_no_device_is_left_the_model_is_left_out(tmp_path: Path, said: Cal
     assert said().count("could not be looked at") == 1
 
 
-def test_a_model_of_which_there_is_no_answer_in_time_is_left_out(tmp_path: Path, said: Callable[[], str]) -> None:
+def test_a_model_of_which_there_is_no_answer_in_time_is_left_out(
+    tmp_path: Path,
+    said: Callable[[], str],
+) -> None:
     """With the reason, and nobody asks again."""
     program = Scripted({"merged": GOOD}, timed_out=True, why="the time was over")
 
@@ -145,7 +177,10 @@ def examples() -> list[dict[str, Any]]:
     """One with a trained answer at its end, and one with several turns."""
     ids = list(range(5, 45))
     several = [token if token % 3 else plain.IGNORED for token in ids]
-    return [{"ids": ids, "labels": [plain.IGNORED] * 25 + ids[25:]}, {"ids": ids[::-1], "labels": several[::-1]}]
+    return [
+        {"ids": ids, "labels": [plain.IGNORED] * 25 + ids[25:]},
+        {"ids": ids[::-1], "labels": several[::-1]},
+    ]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -168,7 +203,10 @@ def test_the_loss_is_that_of_transformers(chunk: int, tiny_model: Path, tmp_path
     torch.testing.assert_close(kept, torch.cat(logits), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*COMMON, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize(
+    "family",
+    [*COMMON, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
+)
 @torch.no_grad()
 def test_logits_at_some_positions_are_those_of_all(family: str) -> None:
     """In every family: most compute no others, by an argument of theirs; of the rest all are computed."""
@@ -209,7 +247,10 @@ def test_answers_end_when_the_time_is_over_with_a_token_at_least(tiny_model: Pat
     ("error", "kind"),
     [
         (RuntimeError("CUDA error: out of memory"), "memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "memory",
+        ),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "gpu"),
         (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "gpu"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
@@ -222,7 +263,10 @@ def test_a_fault_of_a_gpu_says_nothing_about_the_model(error: Exception, kind: s
     assert plain._kind(error) == kind
 
 
-def test_a_program_that_was_killed_is_started_again_when_it_is_asked(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_program_that_was_killed_is_started_again_when_it_is_asked(
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
     """What it had not answered is missing, with the reason; nothing runs when it is not needed any more."""
     ends = time.monotonic() + 300
     with examine.started(os.environ, (), wanted=True) as program:
@@ -230,7 +274,12 @@ def test_a_program_that_was_killed_is_started_again_when_it_is_asked(tiny_model:
         os.kill(child.pid, signal.SIGKILL)
         child.wait(10)
         first = program.ask([question(tiny_model)], examples(), tmp_path, ends)
-        second = program.ask([question(tiny_model), question(tiny_model / "no")], examples(), tmp_path, ends)
+        second = program.ask(
+            [question(tiny_model), question(tiny_model / "no")],
+            examples(),
+            tmp_path,
+            ends,
+        )
         left = psutil.Process().children()
 
     assert first.answers["merged"]["loss"] > 0

@@ -40,10 +40,17 @@ SHAPES = {
 
 
 def quantization(*, double: bool = True) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+    )
 
 
-def sized(shape: PretrainedConfig, how: BitsAndBytesConfig | None) -> tuple[PreTrainedModel, load_size.LoadSize]:
+def sized(
+    shape: PretrainedConfig,
+    how: BitsAndBytesConfig | None,
+) -> tuple[PreTrainedModel, load_size.LoadSize]:
     network = load_size.outline(shape, how, torch.bfloat16)
     return network, load_size.measure(network, how, torch.bfloat16)
 
@@ -76,12 +83,15 @@ def test_a_published_model_has_as_many_weights_as_its_card_says(name: str, numbe
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["16 bits", "nf4"])
 def test_the_size_is_that_of_the_tensors_that_transformers_loads(
-    quantized: bool, tiny_model: Path  # noqa: FBT001 - a parameter
+    quantized: bool, tiny_model: Path,  # noqa: FBT001 - a parameter
 ) -> None:  # fmt: skip
     """Each tensor counted once, with the scales of quantized ones."""
     how = quantization(double=False) if quantized else None
     network = AutoModelForCausalLM.from_pretrained(
-        tiny_model, dtype=torch.bfloat16, device_map="cpu", quantization_config=how
+        tiny_model,
+        dtype=torch.bfloat16,
+        device_map="cpu",
+        quantization_config=how,
     )
     loaded = sum(each.numel() * each.element_size() for each in network.parameters())
     scales = [each.quant_state.absmax for each in network.parameters() if hasattr(each, "quant_state")]
@@ -131,7 +141,12 @@ def test_a_model_that_is_to_answer_goes_to_a_gpu_that_holds_all_of_it() -> None:
         ("none", [15 * GIB] * 2, GIB, "the 2 GPUs together have 32.2 GB free, .* use --quantization nf4"),
     ],
 )  # fmt: skip
-def test_a_gpu_that_is_too_small_is_refused_with_both_sizes(how: str, free: list[int], host: int, told: str) -> None:
+def test_a_gpu_that_is_too_small_is_refused_with_both_sizes(
+    how: str,
+    free: list[int],
+    host: int,
+    told: str,
+) -> None:
     """Before a weight is read, with status 64; transformers would speak of modules on the disk."""
     settings = {"nf4": quantization(), "int8": BitsAndBytesConfig(load_in_8bit=True), "none": None}
     network, size = sized(SHAPES["Llama-3.1-70B"], settings[how])
@@ -147,7 +162,10 @@ def test_a_base_that_comes_quantized_must_fit_as_its_files_are(tmp_path: Path) -
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(20 * GIB)
 
-    with pytest.raises(errors.ConfigError, match=r"needs about 23\.. GB \(GPTQ\): use a larger GPU"):
+    with pytest.raises(
+        errors.ConfigError,
+        match=r"needs about 23\.. GB \(GPTQ\): use a larger GPU",
+    ):
         load_size.check_packed(tmp_path, "GPTQ", 20 * GIB)
 
     load_size.check_packed(tmp_path, "GPTQ", 24 * GIB)

@@ -1,4 +1,4 @@
-"""On which devices and in which number format each model is verified: computed from sizes and free memory."""
+"""Chooses device and number format for each model that is verified, from sizes and free memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _FLOAT32_SHARE = 0.5
 """Of the free host memory: where float32 would need more, a CPU computes in bfloat16."""
 _LOGIT = 10  # bytes of a logit while a loss is computed: in 16 bits, in float32, and its softmax
 _FEWEST, _MOST = 64, 1024  # positions whose logits are computed at once
-# Of the slowest machines: numbers that a GPU or a core computes in a second, and bytes that PCI Express carries.
+# Of the slowest machines: operations of a GPU or a core in a second, and bytes over PCI Express.
 _FLOPS, _BUS = {"cuda": 3e13, "cpu": 2e10}, 1e10
 
 Outlined = tuple[PreTrainedModel, LoadSize]
@@ -111,7 +111,13 @@ def least_memory(size: LoadSize, work: Work) -> float:
     return size.weights * load_size.ROOM + _besides(size, work) + PROCESS
 
 
-def _on_gpus(network: PreTrainedModel, size: LoadSize, dtype: str, machine: Machine, work: Work) -> Placement | None:
+def _on_gpus(
+    network: PreTrainedModel,
+    size: LoadSize,
+    dtype: str,
+    machine: Machine,
+    work: Work,
+) -> Placement | None:
     if not machine.gpus:
         return None
     besides = _besides(size, work) + load_size.CONTEXT
@@ -125,11 +131,17 @@ def _on_gpus(network: PreTrainedModel, size: LoadSize, dtype: str, machine: Mach
     device_map = load_size.spread(network, size, limits)
     if not device_map:
         return None
-    unused = (sum(limits) - size.weights) * load_size.ROOM / len(limits) / 2  # they are not filled alike
+    # The GPUs are not filled alike, so only half of what is left is counted on.
+    unused = (sum(limits) - size.weights) * load_size.ROOM / len(limits) / 2
     return Placement(device_map, dtype, *_at_once(size, work, unused))
 
 
-def _offloaded(network: PreTrainedModel, size: LoadSize, machine: Machine, work: Work) -> Placement | None:
+def _offloaded(
+    network: PreTrainedModel,
+    size: LoadSize,
+    machine: Machine,
+    work: Work,
+) -> Placement | None:
     if not machine.gpus:
         return None
     besides = _besides(size, work) + load_size.CONTEXT
@@ -154,7 +166,7 @@ def _besides(size: LoadSize, work: Work) -> float:
 
 
 def _at_once(size: LoadSize, work: Work, left: float) -> tuple[int, int]:
-    """Return how many positions and prompts fit into the memory that is `left`, each into half of it."""
+    """Return how many positions and prompts fit into half of the memory that is `left` each."""
     positions = _FEWEST + int(left / 2 / (size.vocabulary * _LOGIT))
     more = int(left / 2 / max(1.0, work.prompt * (size.token + size.cache)))
     return min(positions, _MOST), max(1, min(work.prompts, 1 + more))

@@ -23,7 +23,7 @@ class Models:
     adapter: Path
     merged: Path | None
     other: Callable[[], Path | None]
-    """Makes what the merge into the other base would have given (see ``merge.base``), if there is one."""
+    """Makes the merge into the other base (see ``merge.base``), if there is one."""
 
 
 def results(
@@ -34,15 +34,17 @@ def results(
     gpus: tuple[str, ...],
     program: Program,
 ) -> dict[str, Any]:
-    """Verify the `models` with the examples that lie in the folder `figures`, on the `gpus` if there are any.
+    """Verify the `models` with the examples in `figures`, on the `gpus` if there are any.
 
-    What is to be told of them is returned, and put there too. Raises `errors.ModelError` if the merged model cannot be
-    opened, or is not what the base with the adapter is.
+    Return what the report tells of them, and write it into `figures` too. Raises
+    `errors.ModelError` if the merged model cannot be opened, or does not compute what the base with
+    the adapter does.
     """
     seen: dict[str, Any] = {"left": {}}
     if models.merged and not settings.examine.minutes:
-        seen["left"]["merged"] = "only its sums were checked, because examine.minutes is 0 (merge: --verify sums)"
-        log.event("examine.sums", f"{CALLED['merged']}: {seen['left']['merged']}")
+        why = "only its sums were checked, because examine.minutes is 0 (merge: --verify sums)"
+        seen["left"]["merged"] = why
+        log.event("examine.sums", f"{CALLED['merged']}: {why}")
     if settings.examine.minutes:
         from job.examine.questions import Questions  # late: it imports what takes seconds
 
@@ -67,7 +69,16 @@ def _verify(questions: "Questions", program: Program) -> dict[str, Any]:
     compared = judge.check(inquiry.found, questions.scratch, questions.standard(inquiry))
     left = questions.compare_bases(inquiry)  # only now: the merge has passed
     standard = questions.standard(inquiry)
-    seen = judge.summarize(inquiry.found, questions.split, questions.prompts, questions.scratch, standard) | compared
+    seen = (
+        judge.summarize(
+            inquiry.found,
+            questions.split,
+            questions.prompts,
+            questions.scratch,
+            standard,
+        )
+        | compared
+    )
     seen["left"] |= inquiry.left | left | questions.left()
     if inquiry.fallbacks:
         seen["fallbacks"] = inquiry.fallbacks
@@ -75,7 +86,9 @@ def _verify(questions: "Questions", program: Program) -> dict[str, Any]:
 
 
 def _held_out(figures: Path | None) -> dict[str, Any] | None:
-    """The examples that were kept; None of a run that an older version trained, or if there are none."""
+    """Return the examples that training kept; None if there are none."""
     path = figures / paths.HELD_OUT if figures else None
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
-    return told if told.get("examples") else None
+    if not path or not path.is_file():  # a merge alone, or a run that an older version trained
+        return None
+    held_out: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return held_out if held_out.get("examples") else None

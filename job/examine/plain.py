@@ -1,9 +1,10 @@
-"""Opens models with nothing but transformers and PEFT, as their users do, and tells what they compute.
+"""Opens models with nothing but transformers and PEFT, and tells what they compute.
 
-A program of its own that imports nothing of the job. It may be started long before it is needed, because its imports
-take most of its time on a small model. Each line on its standard input names two files: one with questions about some
-models, as JSON, and one for the answers, which gets a line of JSON for each model as soon as it is known, and at last
-an empty one. The program ends when its standard input does, so with the process that started it.
+A program of its own that imports nothing of the job. It may be started long before it is needed,
+because its imports take most of its time on a small model. Each line on its standard input names
+two files: one with questions about some models, as JSON, and one for the answers, which gets a line
+of JSON for each model as soon as it is known, and at last an empty one. The program ends when its
+standard input does, so with the process that started it.
 """
 
 import queue
@@ -48,7 +49,17 @@ SENTENCES = (
     "你好，世界。 Grüße aus München! Привет, мир 🙂",
 )
 _OFFLINE = {"local_files_only": True}
-_OF_GPU = ("cuda", "cublas", "cudnn", "cusolver", "nccl", "triton", "device-side", "nvrtc", "nvidia")
+_OF_GPU = (
+    "cuda",
+    "cublas",
+    "cudnn",
+    "cusolver",
+    "nccl",
+    "triton",
+    "device-side",
+    "nvrtc",
+    "nvidia",
+)
 Network: TypeAlias = Any  # each family has a class of its own
 
 
@@ -79,14 +90,18 @@ def main() -> None:
                 found = examine(model, asked["examples"], ends)
                 file.write(json.dumps(found) + "\n")
                 file.flush()
-                if "gpu" in found:  # which may fail in this process for good: the rest needs another one
+                if "gpu" in found:  # CUDA may fail in this process for good
                     break
                 gc.collect()
                 torch.cuda.empty_cache()
             file.write("\n")
 
 
-def examine(model: dict[str, Any], examples: Sequence[dict[str, Any]], ends: float) -> dict[str, Any]:
+def examine(
+    model: dict[str, Any],
+    examples: Sequence[dict[str, Any]],
+    ends: float,
+) -> dict[str, Any]:
     """Return what there is to be known of one model, as far as it can be opened and used."""
     found: dict[str, Any] = {"name": model["name"]}
     kind = "error"  # it cannot be opened
@@ -108,8 +123,13 @@ def by_itself(model: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"ids": ids, "labels": ids} for text in SENTENCES if len(ids := tokenizer(text)["input_ids"]) > 1]
 
 
-def look(network: Network, model: dict[str, Any], examples: Sequence[dict[str, Any]], ends: float) -> dict[str, Any]:
-    """What a model computes: losses, logits and answers, with the adapter and, where that is asked, without."""
+def look(
+    network: Network,
+    model: dict[str, Any],
+    examples: Sequence[dict[str, Any]],
+    ends: float,
+) -> dict[str, Any]:
+    """Return losses, logits and answers of a model, with the adapter and, if asked, without."""
     found: dict[str, Any] = {}
     found["loss"], logits = losses(network, examples, model)
     held = {"logits": logits}
@@ -117,7 +137,7 @@ def look(network: Network, model: dict[str, Any], examples: Sequence[dict[str, A
         with network.disable_adapter():
             found["loss_before"], held["before"] = losses(network, examples, model)
     save_file(held, model["logits"])
-    # The time that is left is shared by the answers before and after; a first half that needs less leaves more.
+    # Answers before and after share the time; those that need less leave more to the others.
     for place, kind in enumerate(model["answers"]):
         until = time.monotonic() + (ends - time.monotonic()) / (len(model["answers"]) - place)
         if kind == "after":
@@ -147,7 +167,11 @@ def _tokenizer(model: dict[str, Any]) -> Any:  # noqa: ANN401 - each family has 
 
 @cache
 def _load_tokenizer(folder: str, template: str | None, trust_remote_code: bool) -> Any:  # noqa: ANN401, FBT001 - same
-    found: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **_OFFLINE)
+    found: Any = transformers.AutoTokenizer.from_pretrained(
+        folder,
+        trust_remote_code=trust_remote_code,
+        **_OFFLINE,
+    )
     if template:
         found.chat_template = template
     return found
@@ -167,7 +191,9 @@ def load(model: dict[str, Any]) -> Network:
         device_map=model["device_map"], **more, **_how(model),
     )  # fmt: skip
     if loading["missing_keys"]:
-        raise ValueError(f"it lacks {len(loading['missing_keys'])} weights, such as {min(loading['missing_keys'])}")
+        raise ValueError(
+            f"it lacks {len(loading['missing_keys'])} weights, such as {min(loading['missing_keys'])}",
+        )
     if model["adapter"]:
         from peft import PeftModel
 
@@ -177,19 +203,27 @@ def load(model: dict[str, Any]) -> Network:
 
 
 @torch.no_grad()
-def losses(network: Network, examples: Sequence[dict[str, Any]], model: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """The mean loss of a trained token, and the logits at up to ``positions`` of them, [positions, vocabulary]."""
+def losses(
+    network: Network,
+    examples: Sequence[dict[str, Any]],
+    model: dict[str, Any],
+) -> tuple[float, torch.Tensor]:
+    """Return the mean loss of a trained token, and logits at some, [positions, vocabulary]."""
     total, count, kept = 0.0, 0, []
     each = -(-model["positions"] // len(examples))
     for example in examples:
         ids = torch.tensor([example["ids"]], device=network.device)
         extra = seen(network, example)
         # The logits at a token tell of the next one, whose label counts.
-        trained = [place - 1 for place, label in enumerate(example["labels"]) if place and label != IGNORED]
+        labels = example["labels"]
+        trained = [place - 1 for place in range(1, len(labels)) if labels[place] != IGNORED]
         for start in range(0, len(trained), model["chunk"]):
             places = trained[start : start + model["chunk"]]
             logits = logits_at(network, ids, places, extra)
-            wanted = torch.tensor([example["labels"][place + 1] for place in places], device=logits.device)
+            wanted = torch.tensor(
+                [labels[place + 1] for place in places],
+                device=logits.device,
+            )
             total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
             if start < each:
                 kept.append(logits[: each - start].cpu())
@@ -198,47 +232,67 @@ def losses(network: Network, examples: Sequence[dict[str, Any]], model: dict[str
 
 
 def logits_at(
-    network: Network, ids: torch.Tensor, places: Sequence[int], extra: dict[str, torch.Tensor]
+    network: Network,
+    ids: torch.Tensor,
+    places: Sequence[int],
+    extra: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """The logits at some `places` of `ids`, [places, vocabulary], in float32; no others are computed if it can be."""
+    """Return the logits at `places` of `ids`, [places, vocabulary], in float32; few others are computed."""
     base = network.get_base_model() if hasattr(network, "get_base_model") else network
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
-        return network(input_ids=ids, **extra).logits[0, list(places)].float()  # type: ignore[no-any-return]
-    # A list, not a tensor: accelerate would move that to the first GPU, and the last layer may be on another one.
-    logits = network(input_ids=ids, logits_to_keep=list(places), **extra).logits[0]
+        some: torch.Tensor = network(input_ids=ids, **extra).logits[0, list(places)]
+        return some.float()
+    # A list: accelerate would move a tensor to the first GPU, and the last layer may be elsewhere.
+    logits: torch.Tensor = network(input_ids=ids, logits_to_keep=list(places), **extra).logits[0]
     if len(logits) != len(places):  # a family that takes the argument and computes all of them
         logits = logits[list(places)]
-    return logits.float()  # type: ignore[no-any-return]
+    return logits.float()
 
 
 def answers(network: Network, model: dict[str, Any], ends: float) -> list[dict[str, Any]]:
-    """The most likely answer to each prompt, as long as asked for or until it `ends`, several prompts at once."""
-    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    found: list[dict[str, Any]] = [{"text": "", "tokens": 0, "cut": False} for _ in model["prompts"]]
+    """Return the most likely answer to each prompt, as long as asked for, or until it `ends`."""
+    text = network.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or sys.maxsize
+    empty = {"text": "", "tokens": 0, "cut": False}
+    found: list[dict[str, Any]] = [dict(empty) for _ in model["prompts"]]
     rooms = [min(model["tokens"], longest - len(prompt["ids"])) for prompt in model["prompts"]]
-    # In a batch are prompts without images that have as much room as each other: a padded image means something else.
+    # Together are prompts without images that all have room for an answer; others are alone.
     open_ends = [place for place, room in enumerate(rooms) if room > 0]
-    usual = [place for place in open_ends if rooms[place] == model["tokens"] and not model["prompts"][place]["seen"]]
-    batches = [usual[start : start + model["batch"]] for start in range(0, len(usual), model["batch"])]
+    roomy = [place for place in open_ends if rooms[place] == model["tokens"]]
+    usual = [place for place in roomy if not model["prompts"][place]["seen"]]
+    starts = range(0, len(usual), model["batch"])
+    batches = [usual[start : start + model["batch"]] for start in starts]
     batches += [[place] for place in open_ends if place not in usual]
     for number, batch in enumerate(batches):
         until = time.monotonic() + (ends - time.monotonic()) / (len(batches) - number)
         prompts = [model["prompts"][place] for place in batch]
-        for place, answer in zip(batch, _answer(network, model, prompts, rooms[batch[0]], until), strict=True):
+        for place, answer in zip(
+            batch,
+            _answer(network, model, prompts, rooms[batch[0]], until),
+            strict=True,
+        ):
             found[place] = answer
     return found
 
 
 @torch.no_grad()
 def _answer(
-    network: Network, model: dict[str, Any], prompts: Sequence[dict[str, Any]], room: int, ends: float
+    network: Network,
+    model: dict[str, Any],
+    prompts: Sequence[dict[str, Any]],
+    room: int,
+    ends: float,
 ) -> list[dict[str, Any]]:
     """The answers to `prompts`, which are filled up on the left to the longest of them."""
     tokenizer = _tokenizer(model)
     stops, padding = _ends(network, tokenizer), tokenizer.eos_token_id or 0
     width = max(len(prompt["ids"]) for prompt in prompts)
-    ids = torch.tensor([[padding] * (width - len(prompt["ids"])) + prompt["ids"] for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts])
+    ids = torch.tensor(
+        [[padding] * (width - len(prompt["ids"])) + prompt["ids"] for prompt in prompts],
+    )
+    mask = torch.tensor(
+        [[0] * (width - len(prompt["ids"])) + [1] * len(prompt["ids"]) for prompt in prompts],
+    )
     given: Any = network.generate(
         input_ids=ids.to(network.device), attention_mask=mask.to(network.device), do_sample=False, max_new_tokens=room,
         temperature=None, top_p=None, top_k=None, pad_token_id=padding,
@@ -275,7 +329,9 @@ def _resize(network: Network, adapter: str) -> None:
     """Give the vocabulary as many rows as the adapter's has, if it holds one: PEFT wants that done before."""
     held = network.get_input_embeddings(), network.get_output_embeddings()
     called = "|".join(re.escape(name.rpartition(".")[2]) for name, module in network.named_modules() if module in held)
-    ours = re.compile(rf"(.*\.)?({called})(\.base_layer|\.token_adapter|\.modules_to_save)*\.weight")
+    ours = re.compile(
+        rf"(.*\.)?({called})(\.base_layer|\.token_adapter|\.modules_to_save)*\.weight",
+    )
     with safe_open(str(Path(adapter, "adapter_model.safetensors")), "pt") as file:
         rows = {file.get_slice(key).get_shape()[0] for key in file.keys() if ours.fullmatch(key)}  # noqa: SIM118 - no dict
     if rows and rows != {_rows(network)}:
@@ -287,17 +343,19 @@ def _rows(network: Network) -> int:
 
 
 def _kind(error: Exception) -> str | None:
-    """What says nothing about the model: ``memory``, or ``gpu`` for any other fault of a GPU; else None."""
+    """Return ``memory`` or ``gpu`` for faults that say nothing about the model; else None."""
     if _of_memory(error):
         return "memory"
     told = f"{type(error).__name__}: {error}".lower()
-    return "gpu" if isinstance(error, RuntimeError) and any(each in told for each in _OF_GPU) else None
+    of_gpu = isinstance(error, RuntimeError) and any(each in told for each in _OF_GPU)
+    return "gpu" if of_gpu else None
 
 
 def _of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    told = str(error).lower()  # torch has no kind of its own for the CPU, and none for some libraries of CUDA
+    # torch has no kind of its own for the CPU, and none for some libraries of CUDA.
+    told = str(error).lower()
     words = ("can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed")
     return any(each in told for each in words)
 

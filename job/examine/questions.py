@@ -47,6 +47,8 @@ class Questions:
     choices: dict[str, list[Placement]]
     examples: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[dict[str, Any]] = field(default_factory=list)
+    tuned: str = "merged"
+    """The model that answers as the tuned one."""
 
     @classmethod
     def about(
@@ -63,7 +65,17 @@ class Questions:
         machine = _machine(gpus)
         work = _work(kept, prompts, settings, models.adapter)
         choices = _choices(names, models.base, settings.model, machine, work)
-        made = cls(models, settings, scratch, held["split"] if held else "some text", names, like, machine, choices)
+        made = cls(
+            models,
+            settings,
+            scratch,
+            held["split"] if held else "some text",
+            names,
+            like,
+            machine,
+            choices,
+        )
+        made.tuned = made._choose_tuned()
         made.examples, made.prompts = list(made._read(kept)), prompts
         shown = [each for each in (*made.examples, *prompts) if "images" in each]
         if shown:
@@ -73,11 +85,15 @@ class Questions:
     def inquiry(self, program: Program) -> Inquiry:
         """Begin to ask: from now on the time counts."""
         pair = {"merged", self.like} & self.choices.keys()
-        alike = len(pair) > 1 and self.like != "trained"  # a quantized model goes where there is room for it
+        # A quantized model goes where there is room for it, others to the same place.
+        alike = len(pair) > 1 and self.like != "trained"
         minutes = self.settings.examine.minutes
         for name in self.names:
             if self.choices[name]:
-                log.event("examine.begin", f"verification: {CALLED[name]} on {self.choices[name][0]}")
+                log.event(
+                    "examine.begin",
+                    f"verification: {CALLED[name]} on {self.choices[name][0]}",
+                )
         return Inquiry(
             program=program,
             scratch=self.scratch,
@@ -90,7 +106,7 @@ class Questions:
     def question(self, name: str, placement: Placement) -> dict[str, Any]:
         """Return what is asked about the model of that name, as `plain` takes it."""
         model, folder = self.settings.model, self._folder(name)
-        answers, tokens, prompts = self._answers(name, placement)
+        answers, tokens, prompts = self._answers(name)
         return {
             "name": name,
             "path": str(folder or self.models.base),
@@ -112,22 +128,26 @@ class Questions:
         }
 
     def standard(self, inquiry: Inquiry) -> judge.Standard:
-        """Return what the merged model is held against, by the coarser of the two number formats."""
+        """Return what the merged model is held against, in the coarser of both formats."""
         used = [inquiry.placement(name) for name in ("merged", self.like)]
         formats = {each.dtype for each in used if each}
         numbers = next((each for each in reversed(FORMATS) if each in formats), FORMATS[0])
         if self.like == "trained" and self.settings.model.quantization == "int8":
             numbers = "int8"
         return judge.Standard(
-            self.like, numbers, short=self._is_short(), answered_by=(self._reference, self._tuned(inquiry.choices))
+            self.like,
+            numbers,
+            short=self._is_short(),
+            answered_by=(self._reference, self.tuned),
         )
 
     def compare_bases(self, inquiry: Inquiry) -> dict[str, str]:
         """Ask about the merge into the other base, and return why it was left out, if it was.
 
-        Its folder is as large as the merged model. It is made only now, when that one has passed, and removed at once.
+        Its folder is as large as the merged model, so it is made when that one has passed, and
+        removed at once.
         """
-        if not (self.models.merged and self.examples and "trained" in inquiry.found and "merged" in inquiry.found):
+        if not self.examples or not {"trained", "merged"} <= inquiry.found.keys():
             return {}
         if time.monotonic() > inquiry.ends - self.settings.examine.minutes * 60 * _SHARE:
             return self._leave_other("there was no time left to make it")
@@ -138,7 +158,9 @@ class Questions:
             placement = inquiry.placement("merged")
             inquiry.choices["other"] = [placement] if placement else []
             inquiry.ask(
-                ["other"], lambda name, where: self.question(name, where) | {"path": str(folder)}, self.plain_examples()
+                ["other"],
+                lambda name, where: self.question(name, where) | {"path": str(folder)},
+                self.plain_examples(),
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -168,23 +190,22 @@ class Questions:
 
     @property
     def _reference(self) -> str:
-        """The model whose losses and answers stand for the adapter: the base as it was trained on."""
+        """The model whose losses and answers stand for the adapter."""
         return "trained" if "trained" in self.names else "adapted"
 
-    def _tuned(self, choices: Mapping[str, Sequence[Placement]]) -> str:
-        """Which model answers as the tuned one: the merged, unless only the reference is on a GPU as a whole."""
-        merged, reference = choices.get("merged"), choices.get(self._reference)
+    def _choose_tuned(self) -> str:
+        """Return which model answers as the tuned one: the reference if only that is fast."""
+        merged, reference = self.choices.get("merged"), self.choices.get(self._reference)
         if not merged:
             return self._reference
         slow = reference and reference[0].fast and not merged[0].fast
         return self._reference if slow else "merged"
 
-    def _answers(self, name: str, placement: Placement) -> tuple[list[str], int, list[dict[str, Any]]]:
+    def _answers(self, name: str) -> tuple[list[str], int, list[dict[str, Any]]]:
         """Return which answers are asked of a model, how long, and to which prompts."""
-        tokens, choices = self.settings.examine.tokens, {**self.choices, name: [placement]}
-        tuned = self._tuned(choices)
+        tokens = self.settings.examine.tokens
         before = ["before"] if name == self._reference else []
-        if name == tuned:
+        if name == self.tuned:
             return ["after", *before], tokens, self.prompts
         if name == "merged":  # that it writes at all is part of the verification
             return ["after"], 1, self.prompts[:1]
@@ -199,9 +220,13 @@ class Questions:
         size = outline(self.models.base, self.settings.model, None, FORMATS[0])[1]
         spent = 0.0
         for number, each in enumerate(kept):
-            spent += max(placement.seconds(size, len(each["ids"]), self.machine) for placement in used)
+            tokens = len(each["ids"])
+            spent += max(placement.seconds(size, tokens, self.machine) for placement in used)
             if number and spent > share:
-                log.event("examine.read", f"verification: there is time to read {number} of {len(kept)} examples")
+                log.event(
+                    "examine.read",
+                    f"verification: there is time to read {number} of {len(kept)} examples",
+                )
                 return
             yield each
 
@@ -210,7 +235,7 @@ class Questions:
         return [{key: each.get(key) for key in ("ids", "labels", "seen")} for each in self.examples]
 
     def _words(self, folder: Path | None) -> dict[str, str | None]:
-        """Where the tokenizer of a whole model or of the adapter on the base is, and its template if it lies apart."""
+        """Return where the tokenizer is, and its template if it lies apart."""
         home = folder or tokenizer.home(self.models.adapter, self.models.base)
         apart = tokenizer.template(self.models.adapter) if home == self.models.base else None
         return {"words": str(home), "template": apart}
@@ -229,12 +254,17 @@ class Questions:
 
 
 def outline(base: Path, model: config.Model, name: str | None, dtype: str) -> Outlined:
-    """Return the modules of the base without weights, quantized as for the model `name`, and their size."""
+    """Return the base without weights, quantized as for the model `name`, and its size."""
     described, _ = weights.describe(base, model)
     settings = _quantized(name, base, model, dtype)
     how = BitsAndBytesConfig(**settings) if settings else None  # type: ignore[no-untyped-call]
     number_format: torch.dtype = getattr(torch, dtype)
-    network = load_size.outline(described, how, number_format, trust_remote_code=model.trust_remote_code)
+    network = load_size.outline(
+        described,
+        how,
+        number_format,
+        trust_remote_code=model.trust_remote_code,
+    )
     return network, load_size.measure(network, how, number_format)
 
 
@@ -246,20 +276,25 @@ def _machine(gpus: tuple[str, ...]) -> Machine:
 
 
 def _choices(
-    names: Sequence[str], base: Path, model: config.Model, machine: Machine, work: Work
+    names: Sequence[str],
+    base: Path,
+    model: config.Model,
+    machine: Machine,
+    work: Work,
 ) -> dict[str, list[Placement]]:
-    """Return for each model where it may be, the best first; those that are not quantized go to the same place."""
+    """Return for each model where it may be, the best first; whole ones go to the same place."""
     whole = devices.find_placements(functools.partial(outline, base, model, None), machine, work)
     if not whole:
         need = devices.least_memory(outline(base, model, None, FORMATS[-1])[1], work)
         log.warn(
             "examine.memory",
-            f"the result is not opened as a whole: it takes {log.size(need)} of memory, and {log.size(machine.host)} "
+            f"the result is not opened as a whole: it takes {log.size(need)} of memory, and "
+            f"{log.size(machine.host)} "
             f"of the host's and {log.size(sum(machine.gpus))} of the GPUs' are free",
         )
     found = {name: list(whole) for name in names}
     if "trained" in found:
-        # In the format of the others if they have one on a GPU or there is none, else as training computed.
+        # In the format of the others, unless they are on a CPU beside GPUs: then as in training.
         wanted = whole[0].dtype if whole and (whole[0].fast or not machine.gpus) else FORMATS[-1]
         formats = [wanted, *(each for each in FORMATS[::-1] if each != wanted)]
         packed = functools.partial(outline, base, model, "trained")
@@ -274,19 +309,26 @@ def _work(
     longest = max((len(each["ids"]) for each in kept), default=_POSITIONS)
     asked = max((each["asked"] for each in prompts), default=0) + settings.examine.tokens
     file = adapter / saved.FILE
-    numbers = sum(math.prod(each.shape) for each in Shard(file).tensors.values()) if file.is_file() else 0
+    numbers = 0
+    if file.is_file():
+        numbers = sum(math.prod(each.shape) for each in Shard(file).tensors.values())
     return Work(longest, len(prompts), asked, numbers * _FLOAT32)
 
 
 def _with_adapter(base: Path, model: config.Model) -> list[str]:
-    """How the adapter can be looked at on the base: one that comes quantized, transformers cannot load alone."""
+    """Return on which bases the adapter can be opened: none if the base comes quantized."""
     told = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if told.get("quantization_config"):
         return []
     return ["adapted"] if model.quantization == "none" else ["adapted", "trained"]
 
 
-def _quantized(name: str | None, base: Path, model: config.Model, dtype: str) -> dict[str, Any] | None:
+def _quantized(
+    name: str | None,
+    base: Path,
+    model: config.Model,
+    dtype: str,
+) -> dict[str, Any] | None:
     """Return how bitsandbytes quantizes the model of that name."""
     if name != "trained":
         return None
@@ -304,9 +346,12 @@ def _quantized(name: str | None, base: Path, model: config.Model, dtype: str) ->
 
 
 def _show(
-    examples: Sequence[dict[str, Any]], models: Models, settings: config.Config | config.Merging, scratch: Path
+    examples: Sequence[dict[str, Any]],
+    models: Models,
+    settings: config.Config | config.Merging,
+    scratch: Path,
 ) -> None:
-    """Put what the model gets of the images of each example into a file, whose path is added to it."""
+    """Put what the model gets of an example's images into a file, whose path is added to it."""
     trusted = settings.model.trust_remote_code
     words = tokenizer.trained_with(models.adapter, models.base, trust_remote_code=trusted)
     tokenizer.pad(words, tokenizer.rows(models.base, trust_remote_code=trusted))

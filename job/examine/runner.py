@@ -1,4 +1,4 @@
-"""The program that verifies, in a process of its own: started early, asked once or several times."""
+"""The program that verifies, in a separate process: started early, asked once or several times."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ _MARGIN = 0.05  # of the time: the program ends by itself so much earlier, with 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the program answered, model by model, and how it came to an end before all of them, if it did."""
+    """What the program answered, model by model, and why it ended before all of them, if so."""
 
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
     unanswered: str = ""
@@ -27,7 +27,7 @@ class Outcome:
 
 
 class Program:
-    """The running program, in the environment `environ`; another process takes its place where it has died."""
+    """The running program; where it has died, the next question starts it again."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
@@ -35,20 +35,28 @@ class Program:
         self._errors: IO[bytes] | None = None
 
     def start(self) -> None:
-        """Start it if it does not run, so that it imports what it needs while something else is done."""
+        """Start it if it does not run: its imports take seconds, during which others work."""
         if self._process is not None and self._process.poll() is None:
             return
         self.stop()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         command = [sys.executable, "-P", str(_PROGRAM)]
         self._process = subprocess.Popen(  # noqa: S603 - ours
-            command, env=self._environ, stdin=subprocess.PIPE, stdout=self._errors, stderr=self._errors
+            command,
+            env=self._environ,
+            stdin=subprocess.PIPE,
+            stdout=self._errors,
+            stderr=self._errors,
         )
 
     def ask(
-        self, models: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]], scratch: Path, ends: float
+        self,
+        models: Sequence[Mapping[str, Any]],
+        examples: Sequence[Mapping[str, Any]],
+        scratch: Path,
+        ends: float,
     ) -> Outcome:
-        """Return what it answers about the `models` until `ends`, by `time.monotonic`, when it is killed."""
+        """Return its answers about the `models`; it is killed at `ends`, by `time.monotonic`."""
         self.start()
         questions, answers = scratch / "asked.json", scratch / "told.jsonl"
         early = ends - _MARGIN * max(0.0, ends - time.monotonic())
@@ -59,17 +67,24 @@ class Program:
         assert process
         assert process.stdin
         with contextlib.suppress(OSError):  # it has died, which is found below
-            process.stdin.write(json.dumps({"questions": str(questions), "answers": str(answers)}).encode() + b"\n")
+            process.stdin.write(
+                json.dumps({"questions": str(questions), "answers": str(answers)}).encode() + b"\n",
+            )
             process.stdin.flush()
-        while not (finished := _is_finished(answers)) and process.poll() is None and time.monotonic() < ends:
+        while process.poll() is None and time.monotonic() < ends:
+            if _is_finished(answers):
+                break
             time.sleep(_POLL)
         found = _read(answers)
-        if finished or _is_finished(answers):
+        if _is_finished(answers):
             return Outcome(found)
         if process.poll() is None:
             self.stop()
             return Outcome(found, "the time was over", timed_out=True)
-        return Outcome(found, f"the program that looks at it ended with {process.poll()}: {self._last_words()}")
+        return Outcome(
+            found,
+            f"the program that looks at it ended with {process.poll()}: {self._last_words()}",
+        )
 
     def stop(self) -> None:
         """End it, whatever it is doing."""
@@ -92,9 +107,11 @@ class Program:
 
 @contextlib.contextmanager
 def started(environ: Mapping[str, str], gpus: Sequence[str], *, wanted: bool) -> Iterator[Program]:
-    """The program for as long as the block lasts, started at once if it is `wanted`; its GPUs are `gpus`, in order."""
+    """Yield the program, started at once if it is `wanted`, with the `gpus` in their order."""
     order = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    program = Program({"PYTORCH_ALLOC_CONF": "expandable_segments:True", **environ, **order})
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name; examples differ in length
+        order["PYTORCH_ALLOC_CONF"] = environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    program = Program({**environ, **order})
     if wanted:
         program.start()
     try:

@@ -1,6 +1,6 @@
-"""Bytes that loading a model takes, counted on its modules before a weight is read, and where they fit.
+"""Bytes that a loaded model takes, counted on its modules before a weight is read; where they fit.
 
-Sizes are in bytes. Nothing here touches a GPU, so a machine's choice can be computed on another one.
+Sizes are in bytes. Nothing here touches a GPU: a machine's choice can be computed on another one.
 """
 
 import logging
@@ -23,7 +23,7 @@ from job import cluster, errors, log
 from job.model import parts, pieces
 
 CONTEXT = 10**9
-"""On each GPU for the CUDA context, cuBLAS and fragments; NVML counts none of it before a process starts."""
+"""On each GPU for the CUDA context, cuBLAS and fragments, before a process has any of it."""
 ROOM = 1.05
 """For each byte of weights: what the allocator rounds up."""
 _BLOCK = 64  # weights that share one scale in 4 bits
@@ -44,7 +44,7 @@ class LoadSize:
     """Weights, whatever each takes."""
     weights: float
     unpacked: float
-    """The largest quantized weight in 16 bits, as it is before it is quantized and when it is used."""
+    """The largest quantized weight in 16 bits, as it is to be quantized and to be used."""
     token: float
     """Activations for each token of a forward pass, as wide as the widest layer."""
     cache: float
@@ -55,21 +55,28 @@ class LoadSize:
     """For what does not depend on the text."""
 
     def passing(self, tokens: int) -> float:
-        """Return what a forward pass over so many tokens needs besides the weights, without logits."""
+        """Return what a forward pass needs besides weights and logits."""
         return tokens * (self.token + self.cache) + 2 * self.unpacked + self.fixed
 
 
 def outline(
-    model_config: PretrainedConfig, quantization: BitsAndBytesConfig | None, dtype: torch.dtype, **kwargs: object
+    model_config: PretrainedConfig,
+    quantization: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    **kwargs: object,
 ) -> PreTrainedModel:
-    """Build the modules on the meta device, those that will be quantized replaced by bitsandbytes' layers."""
+    """Build the modules on the meta device, with bitsandbytes' layers where it will quantize."""
     network = pieces.skeleton(model_config, dtype, **kwargs)
     if quantization is not None:
         pieces.quantize(network, quantization)
     return network
 
 
-def measure(network: PreTrainedModel, quantization: BitsAndBytesConfig | None, dtype: torch.dtype) -> LoadSize:
+def measure(
+    network: PreTrainedModel,
+    quantization: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+) -> LoadSize:
     """Count an `outline`: tied weights once, and modules as they will really be quantized."""
     packed = {
         id(module.weight): module
@@ -99,23 +106,35 @@ def measure(network: PreTrainedModel, quantization: BitsAndBytesConfig | None, d
 
 
 def spread(
-    network: PreTrainedModel, size: LoadSize, gpus: Sequence[float], host: float = 0
+    network: PreTrainedModel,
+    size: LoadSize,
+    gpus: Sequence[float],
+    host: float = 0,
 ) -> dict[str, int | str] | None:
     """Return the device of each module if the weights fit into `gpus` and `host`, else None.
 
-    `gpus` are the bytes for weights on each of them, in CUDA's order; what does not fit there goes to the host, which
-    transformers allows for weights that are not quantized only. Layers stay whole. It is what ``device_map="auto"``
-    would choose with these limits, so that it is known before anything is loaded.
+    `gpus` are the bytes for weights on each of them, in CUDA's order; what does not fit there goes
+    to the host, which transformers allows only for weights that are not quantized. Layers stay
+    whole. ``device_map="auto"`` would choose the same with these limits, but too late.
     """
     quantizer = getattr(network, "hf_quantizer", None)
     counted = compute_module_sizes(network, quantizer)[0][""]
     scale = counted / size.weights  # transformers does not count the scales of quantized weights
-    limits: dict[int | str, int | str] = {number: max(0, int(free * scale)) for number, free in enumerate(gpus)}
-    limits["cpu"] = max(0, int(host * scale))
-    whole = set(network._no_split_modules or ())  # noqa: SLF001 - transformers tells it nowhere else
-    with _quiet("accelerate.utils.modeling"):  # it warns of GPUs that the machine that computes this has not
+    rooms = {**dict(enumerate(gpus)), "cpu": host}
+    limits: dict[int | str, int | str] = {
+        device: max(0, int(room * scale)) for device, room in rooms.items()
+    }  # fmt: skip
+    whole = set(network._no_split_modules or ())  # noqa: SLF001 - it is told nowhere else
+    with _quiet(
+        "accelerate.utils.modeling",
+    ):  # it warns of GPUs that the machine that computes this has not
         balanced = get_balanced_memory(network, limits, whole, hf_quantizer=quantizer)
-        found: dict[str, int | str] = infer_auto_device_map(network, balanced, whole, hf_quantizer=quantizer)
+        found: dict[str, int | str] = infer_auto_device_map(
+            network,
+            balanced,
+            whole,
+            hf_quantizer=quantizer,
+        )
     devices = set(found.values())
     if "disk" in devices or ("cpu" in devices and not host):
         return None
@@ -123,12 +142,16 @@ def spread(
 
 
 def place(
-    network: PreTrainedModel, size: LoadSize, quantization: str, free: Sequence[int], host: int | None = None
+    network: PreTrainedModel,
+    size: LoadSize,
+    quantization: str,
+    free: Sequence[int],
+    host: int | None = None,
 ) -> dict[str, int | str]:
-    """Return the device of each module of a model that is to answer, on GPUs with so many bytes `free`.
+    """Return the device of each module of a model that is to answer, on GPUs with `free` bytes.
 
-    What does not fit there goes to the host, `host` bytes of which are free, unless it is quantized. Raises
-    `errors.ConfigError` with both sizes if that is not enough.
+    What does not fit there goes to the host, of which `host` bytes are free, unless quantized.
+    Raises `errors.ConfigError` with both sizes if that is not enough.
     """
     besides = size.passing(_PROMPT) + CONTEXT
     need = size.weights * ROOM + besides
@@ -136,22 +159,24 @@ def place(
     if need <= free[largest]:
         return {"": largest}
     limits = [(each - besides) / ROOM for each in free]
-    room = 0.0 if quantization != "none" else (cluster.free_memory() if host is None else host) * HOST_SHARE
-    found = spread(network, size, limits, room)
+    room = cluster.free_memory() if host is None else host
+    if quantization != "none":
+        room = 0
+    found = spread(network, size, limits, room * HOST_SHARE)
     if found is None or set(found.values()) == {"cpu"}:
         raise errors.ConfigError(too_small(need, quantization, free))
     if "cpu" in found.values():
         log.warn(
             "model.offloaded",
             f"the model needs about {log.size(need)} in 16 bits, and {_describe(free)} free: "
-            f"{log.size(offloaded(network, found))} of weights stay in host memory and are sent to the GPU for each "
-            "token, which is slow; --quantization nf4 takes a quarter of the memory",
+            f"{log.size(offloaded(network, found))} of weights stay in host memory and are sent to "
+            "the GPU for each token, which is slow; --quantization nf4 takes a quarter of it",
         )
     return found
 
 
 def check_packed(base: Path, scheme: str, free: int) -> None:
-    """Raise `errors.ConfigError` if the base, which comes quantized, does not fit on a GPU as its files are."""
+    """Raise `errors.ConfigError` if a base that comes quantized does not fit on one GPU."""
     need = sum(path.stat().st_size for path in base.glob("*.safetensors")) * ROOM + CONTEXT
     if need > free:
         raise errors.ConfigError(too_small(need, scheme, [free]))
@@ -161,8 +186,8 @@ def too_small(need: float, quantization: str, free: Sequence[int]) -> str:
     """Return what to say and to do where a model does not fit on the GPUs."""
     smaller = "use --quantization nf4, " if quantization in ("none", "int8") else "use "
     return (
-        f"{_describe(free)} free, and the model needs about {log.size(need)} ({quantization}): {smaller}a larger GPU, "
-        "or set CUDA_VISIBLE_DEVICES to nothing to answer on the CPU"
+        f"{_describe(free)} free, and the model needs about {log.size(need)} ({quantization}): "
+        f"{smaller}a larger GPU, or set CUDA_VISIBLE_DEVICES to nothing to answer on the CPU"
     )
 
 
