@@ -5,6 +5,7 @@ This file knows the order of the steps, reads the environment, and is the comman
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -176,14 +177,20 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
 
 def combine(here: Here, base: "Base", adapter: Path, figures: Path) -> Path | None:
     """Merge, if that is wanted, and look at the result; what is seen of it lies beside the `figures` then."""
-    from job import card, cluster, examine, inputs, merge
+    from job import card, cluster, examine, inputs
 
-    config, cache = here.machine.config, here.cache
+    config, cache, environ = here.machine.config, here.cache, here.machine.environ
+    gpus = cluster.gpus(environ)
     log.phase("merge")
-    merged = merge.merged(config, base, adapter, cache) if config.merge.enabled else None
-    log.phase("examine")
-    models = examine.Models(base.path, adapter, merged, lambda: merge.other(config, base, adapter, cache))
-    seen = examine.results(models, config, figures, cache.work("seen"), cluster.gpus(here.machine.environ))
+    wanted = config.examine.minutes > 0
+    with examine.started(environ, gpus, wanted=wanted) as program:  # it imports while we do
+        from job import merge
+
+        merged = merge.merged(config, base, adapter, cache) if config.merge.enabled else None
+        log.phase("examine")
+        other = functools.partial(merge.other, config, base, adapter, cache)
+        models = examine.Models(base.path, adapter, merged, other)
+        seen = examine.results(models, config, figures, cache.work("seen"), gpus, program)
     if merged:
         merge.tell(merged, card.merged(config, base.path, inputs.facts(merged), seen))
     return merged

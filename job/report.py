@@ -73,17 +73,31 @@ def _result(seen: Mapping[str, Any]) -> str:
         if "off" in seen
         else ""
     )
-    return "\n\n".join(part for part in (opened, card.losses(seen), card.left(seen)) if part)
+    return "\n\n".join(part for part in (opened, card.losses(seen), card.left(seen), _devices(seen)) if part)
 
 
-def _answers(answers: Sequence[Mapping[str, str]]) -> str:
+def _devices(seen: Mapping[str, Any]) -> str:
+    """Return a list of the devices that the models were verified on, and of those that were not up to it."""
+    used = [f"- {card.CALLED[name]}: on {where}" for name, where in seen.get("on_devices", {}).items()]
+    failed = [f"- {message}" for message in seen.get("fallbacks", ())]
+    return "\n".join(["Verified:", "", *used, *failed]) if used else ""
+
+
+def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
     """Held-out examples, answered by the base and by what it became: the likeliest words, cut where time was short."""
     parts = ["## Answers before and after"]
     for number, each in enumerate(answers, 1):
         parts += [f"### {number}\n{_quoted(each['prompt'])}"]
         for name, key in (("The base", "base"), ("Tuned", "tuned"), ("In the data", "wanted")):
-            parts.append(f"**{name}**\n\n{_quoted(each[key]) or '    (ends at once)'}")
+            said = _quoted(each[key]) or "    (ends at once)"
+            parts.append(f"**{name}**{_cut(each, key)}\n\n{said}")
     return "\n\n".join(parts)
+
+
+def _cut(answer: Mapping[str, Any], key: str) -> str:
+    """Return a note for an answer that ended because examine.minutes were over."""
+    tokens = answer.get("cut", {}).get(key)
+    return "" if tokens is None else f" (cut after {tokens} tokens: the time was over)"
 
 
 def _data(data: Mapping[str, Any]) -> str:

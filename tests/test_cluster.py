@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pynvml
 import pytest
@@ -44,6 +45,25 @@ OURS = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "gpu07"}
 
 def without(environ: Mapping[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in names}
+
+
+def test_the_free_memory_of_gpus_is_told_in_their_order(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    """By number or UUID; a driver that does not tell it is a warning, and no GPU is the same as none."""
+    free = {"handle 0": 10, "handle 1": 20, "handle of GPU-7": 30}
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: f"handle {number}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: f"handle of {uuid}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-of-{handle}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=99, free=free[handle]))
+
+    assert cluster.free_gpu_memory(("1", "0")) == (20, 10)
+    assert cluster.free_gpu_memory(("GPU-7",)) == (30,)
+    assert cluster.free_gpu_memory(()) is None
+    assert cluster.free_gpu_memory(("5",)) is None
+    assert "how much memory of GPU 5 is free" in said()
 
 
 def test_a_machine_is_alone_when_nothing_says_more() -> None:

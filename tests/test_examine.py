@@ -19,8 +19,8 @@ import yaml
 from conftest import command, files
 from safetensors.torch import load_file, save_file
 
-from job import card, cluster, config, errors, examine, inputs, merge
-from job.examine import judge, look, plain
+from job import card, cluster, config, errors, examine, inputs, merge, report
+from job.examine import judge, plain
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -50,7 +50,8 @@ def looked(
         {"run": {"name": "m", "url": "file:///out"}, "model": model, "adapter": {"url": models.adapter.as_uri()},
          "examine": {"minutes": minutes}, **more}
     )  # fmt: skip
-    return examine.results(models, order, figures, scratch, ())
+    with examine.started(os.environ, (), wanted=True) as program:
+        return examine.results(models, order, figures, scratch, (), program)
 
 
 def test_a_run_tells_what_its_result_is_like(
@@ -72,10 +73,12 @@ def test_a_run_tells_what_its_result_is_like(
     assert abs(seen["loss"]["base"] - facts["loss_before"]) < 0.01
     assert seen["off"] < 0.02 < seen["effect"]
     assert seen["from_trained"]["other"] < seen["from_trained"]["merged"]  # the dequantized base is what it saw
-    report = (tmp_path / "run" / "report" / "report.md").read_text()
-    assert "| the merged model: into the original base |" in report
-    assert "Nearer to what was trained is the merge into the dequantized base" in report
-    assert report.count("**Tuned**") == len(seen["answers"]) == 2
+    written = (tmp_path / "run" / "report" / "report.md").read_text()
+    assert "- the base as it was trained on, with the adapter: on the CPU in float32" in written
+    assert not any("cut" in each for each in seen["answers"])
+    assert "| the merged model: into the original base |" in written
+    assert "Nearer to what was trained is the merge into the dequantized base" in written
+    assert written.count("**Tuned**") == len(seen["answers"]) == 2
     for place, library in (("adapter", "peft"), ("merged", "transformers")):
         card = (tmp_path / "run" / place / "README.md").read_text()
         head = yaml.safe_load(card.split("---")[1])
@@ -83,6 +86,24 @@ def test_a_run_tells_what_its_result_is_like(
         assert facts["inputs"]["base"] in card
         assert facts["inputs"]["data"] in card
     assert not [name for name in files(tmp_path / "cache" / "runs") if not name.endswith(".use")]
+
+
+def test_an_answer_that_the_time_has_cut_says_so(said: Callable[[], str], tmp_path: Path) -> None:
+    """In the log, in seen.json and in the report; there is nothing to say of one that ended."""
+    ended, cut = {"text": "yes", "tokens": 1, "cut": False}, {"text": "well then", "tokens": 2, "cut": True}
+    found = {
+        "merged": {"name": "merged", "answers": [ended, cut]},
+        "adapted": {"name": "adapted", "answers_before": [ended, ended]},
+    }
+    prompts = [{"prompt": "One?", "answer": "1"}, {"prompt": "Two?", "answer": "2"}]
+
+    told = judge.summarize(found, "eval", prompts, tmp_path, judge.Standard())
+
+    assert [each.get("cut") for each in told["answers"]] == [None, {"tuned": 2}]
+    assert "1 of 4 answers are shorter than examine.tokens, because the time was over" in said()
+    shown = report._answers(told["answers"])
+    assert shown.count("(cut after 2 tokens: the time was over)") == shown.count("cut after") == 1
+    assert "**Tuned** (cut after 2 tokens" in shown
 
 
 @pytest.mark.slow
@@ -183,7 +204,7 @@ def judged(folder: Path, made: torch.Tensor, wanted: torch.Tensor, numbers: str,
         "merged": {**opened, "name": "merged"},
         name: {**opened, "name": name, "loss_before": 2.0},
     }
-    return judge.judged(found, "float32", None, [], folder, judge.Standard(name, numbers))["off"]
+    return judge.check(found, folder, judge.Standard(name, numbers))["off"]
 
 
 @pytest.mark.parametrize("name", ["adapted", "trained"])
@@ -248,11 +269,10 @@ def test_what_does_not_fit_into_memory_is_said(
 
     told = looked(models, tmp_path / "scratch")
 
-    assert told == {"left": {"merged": "there was not enough memory"}}
+    assert told["left"]["merged"] == "there was not enough memory"
+    assert not {"loss", "off"} & {name for name, value in told.items() if value}
     assert "- the merged model: there was not enough memory" in card.left(told)
-    assert (
-        "the result is not opened on this machine: 0.0 billion weights take 2.0 GB of memory, and 1.0 MB are" in said()
-    )
+    assert "the result is not opened as a whole: it takes 1.0 GB of memory, and 1.0 MB of the host's" in said()
 
 
 def test_the_template_of_an_adapter_is_looked_for_in_the_merged_model(models: examine.Models, tmp_path: Path) -> None:
@@ -277,20 +297,20 @@ def test_a_prompt_as_long_as_the_context_is_no_failure(models: examine.Models, t
         "examples": [{"ids": list(range(8)), "labels": list(range(8)), "seen": None}],
         "models": [
             {"name": "adapted", "path": str(models.base), "adapter": str(models.adapter), "words": str(models.base),
-             "template": None, "quantized": None, "device": "cpu", "dtype": "float32", "positions": 4, "tokens": 5,
+             "template": None, "quantized": None, "device_map": {"": "cpu"}, "dtype": "float32", "positions": 4,
+             "tokens": 5, "chunk": 3, "batch": 2, "before": True, "answers": ["after", "before"], "check_words": True,
              "trust_remote_code": False, "logits": str(tmp_path / "logits"),
              "prompts": [{"ids": list(range(length)), "seen": None} for length in (6, 8)]},
         ],
     }  # fmt: skip
-    (tmp_path / "asked.json").write_text(json.dumps(asked))
 
-    program = [*command()[:1], look._PROGRAM, tmp_path / "asked.json", tmp_path / "told.jsonl"]
-    with subprocess.Popen(program, stdin=subprocess.PIPE) as running:  # which it ends with
-        assert running.wait(120) == 0
+    with examine.started(os.environ, (), wanted=True) as program:
+        outcome = program.ask(asked["models"], asked["examples"], tmp_path, time.monotonic() + 120)
 
-    found = json.loads((tmp_path / "told.jsonl").read_text())
+    found = outcome.answers["adapted"]
     assert not {"error", "failed"} & found.keys()
-    assert (found["answers"][0] == "", found["answers"][1]) == (False, "")
+    assert (found["answers"][0]["text"] == "", found["answers"][1]["text"]) == (False, "")
+    assert (found["answers"][0]["tokens"], found["answers"][0]["cut"]) == (2, False)  # as many as there is room for
 
 
 @pytest.mark.parametrize("kind", ["failed", "memory"])
@@ -298,9 +318,10 @@ def test_what_can_be_opened_and_not_measured_is_said(kind: str, tmp_path: Path, 
     """A disk that is full, or memory: the merged model is none the worse for it."""
     opened = {"tokenizer": {"tokens": 9, "ids": [], "chat": ""}, "rows": 9, "class": "Llama"}
 
-    told = judge.judged(
-        {"merged": {**opened, kind: "RuntimeError: no"}}, "float32", None, [], tmp_path, judge.Standard()
-    )
+    found = {"merged": {**opened, kind: "RuntimeError: no"}}
+    assert judge.check(found, tmp_path, judge.Standard()) == {}
+
+    told = judge.summarize(found, "some text", [], tmp_path, judge.Standard())
 
     assert "RuntimeError: no" in told["left"]["merged"]
     assert "the merged model: could not be looked at" in said()
@@ -332,9 +353,9 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_an_error_unless_the_base_has_
     """Published bases are like that; a merge must not make one so."""
     opened = {"tokenizer": {"tokens": 9, "ids": [], "chat": ""}, "rows": 8, "failed": "left out"}
     with pytest.raises(errors.ModelError, match="its tokenizer has 9 tokens, and its embedding 8 rows"):
-        judge.judged({"merged": opened}, "float32", None, [], tmp_path, judge.Standard())
+        judge.check({"merged": opened}, tmp_path, judge.Standard())
 
-    judge.judged({"merged": opened}, "float32", None, [], tmp_path, judge.Standard(short=True))
+    judge.check({"merged": opened}, tmp_path, judge.Standard(short=True))
 
     assert "is like its base, which cannot read all of its tokens" in said()
 
@@ -362,7 +383,8 @@ def test_a_job_that_ends_while_it_looks_leaves_nobody_behind(
     """The program that looks ends with it, and the next start looks again."""
     described = tiny_run(examine={"minutes": 5}, train={"max_steps": 2, "eval_every": 2})
     process = subprocess.Popen(command("run", described), stderr=subprocess.DEVNULL, start_new_session=True)
-    looking = until(lambda: programs(process.pid))
+    until(lambda: [*tmp_path.rglob("asked.json")])  # the program was started before, while the merge ran
+    looking = programs(process.pid)
 
     os.kill(process.pid, number)
 
@@ -383,9 +405,8 @@ def programs(job: int) -> list[psutil.Process]:
     return []
 
 
-def until(found: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+def until(found: Callable[[], list[Path]]) -> None:
     ends = time.monotonic() + 120
-    while not (made := found()):
+    while not found():
         assert time.monotonic() < ends
         time.sleep(0.05)
-    return made

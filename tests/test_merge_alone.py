@@ -139,6 +139,35 @@ def test_a_merge_that_cannot_be_meant_is_refused(
     assert not [name for name in files(tmp_path) - before.keys() if name.endswith((".safetensors", "manifest.json"))]
 
 
+def test_only_the_sums_are_checked_where_nothing_else_is_wanted(
+    base: Path, adapter: Path, job: Job, tmp_path: Path
+) -> None:
+    """No model is opened, no program is started for it, and the card says so."""
+    given = ["--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--set", f"run.cache={tmp_path}/cache"]
+
+    outcome = job("merge", *given, "--verify", "sums", "--json")
+
+    assert outcome.returncode == 0, outcome.stderr
+    events = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert {"merge.checked", "examine.sums"} <= {each["event"] for each in events}
+    assert "examine.merged" not in {each["event"] for each in events}
+    written = (tmp_path / "out" / "README.md").read_text()
+    assert "are the sum in float64, rounded" in written
+    assert "- the merged model: only its sums were checked" in written
+    assert "Opened" not in written
+
+
+def test_what_is_to_be_verified_in_full_needs_time(base: Path, adapter: Path, job: Job, tmp_path: Path) -> None:
+    """Before anything is read."""
+    given = ["--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--set", f"run.cache={tmp_path}/cache"]
+
+    outcome = job("merge", *given, "--verify", "full", "--set", "examine.minutes=0")
+
+    assert outcome.returncode == 64
+    assert "--verify full opens the result, and examine.minutes is 0: set examine.minutes above 0" in outcome.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_starts_of_one_merge_do_not_write_the_same_files(base: Path, adapter: Path, tmp_path: Path) -> None:
     """The second waits for the first, and finds its result."""

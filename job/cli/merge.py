@@ -20,12 +20,19 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="URL", help="The base model; by default that of the run.")
 @click.option("--adapter", metavar="URL", help="A folder that PEFT wrote; by default that of the run.")
 @click.option("--out", metavar="URL", help="Where the merged model goes: a place of its own.")
+@click.option(
+    "--verify",
+    type=click.Choice(["full", "sums"]),
+    help="full: open the result and compare it with the base and the adapter. sums: check its weights only, which "
+    "opens no model (as examine.minutes 0 does).  [default: full]",
+)
 @overriding
 @in_json
 @debugging
 @click.pass_obj
 def merge(
-    program: Program, /, run: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool, **given: str | None  # noqa: FBT001 - click's flags
+    program: Program, /, run: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool, verify: str | None,  # noqa: FBT001 - click's flags
+    **given: str | None,
 ) -> None:  # fmt: skip
     """Add an adapter to a base model, wherever it was trained, and put the whole model into a store.
 
@@ -36,15 +43,14 @@ def merge(
     def job(_notice: "Notice", after: ExitStack) -> None:
         from job import config
 
-        order = config.merging(found(run) if run else None, given, overrides)
+        order = config.merging(found(run) if run else None, given, overrides, verify)
         _merge(order, program.environ, after)
 
     outcome.conclude(job, as_json=as_json, debug=debug)
 
 
 def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> None:
-    from job import card, cluster, convert, examine, inputs, merge, paths, publish, pull, storage
-    from job.convert import adapters
+    from job import card, cluster, examine, inputs, paths, publish, pull, storage
 
     store, disk = storage.connect(order.run.url), cache(order, environ)
     disk.make()
@@ -54,6 +60,11 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
     store = storage.checked(store, paths.PROBE, required=order.run.conditional_writes == "required")
     with publish.claimed(store, claim) as put:
         if put:  # it is not there yet
+            gpus = cluster.gpus(environ)
+            program = after.enter_context(examine.started(environ, gpus, wanted=order.examine.minutes > 0))
+            from job import convert, merge  # late: it imports while the program does
+            from job.convert import adapters
+
             given = pull.adapter(order.adapter.url, disk)
             merge.readable(given)  # before gigabytes move
             original = pull.base(order.model.base, disk)
@@ -61,7 +72,7 @@ def _merge(order: "Merging", environ: Mapping[str, str], after: ExitStack) -> No
             adapter = adapters.translated(given, original, disk, after)
             merged = merge.folder(base, adapter, order.model, order.merge, disk.work("merged"), claim)
             models = examine.Models(base.path, adapter, merged, lambda: None)
-            seen = examine.results(models, order, None, disk.work("seen"), cluster.gpus(environ))
+            seen = examine.results(models, order, None, disk.work("seen"), gpus, program)
             merge.tell(merged, card.alone(order, base.path, inputs.facts(merged), seen))
             put(merged)
     shutil.rmtree(disk.work(""), ignore_errors=True)

@@ -2,7 +2,15 @@
 
 from job.cluster.cgroup import memory_limit, oom_kills
 from job.cluster.first import First
-from job.cluster.hardware import cpus, free_memory, gpus, interface, memory, memory_in_use
+from job.cluster.hardware import (
+    cpus,
+    free_gpu_memory,
+    free_memory,
+    gpus,
+    interface,
+    memory,
+    memory_in_use,
+)
 from job.cluster.line import Asked, Lost, listen
 from job.cluster.node import Node, discover
 from job.cluster.peers import Alone, Other
@@ -14,6 +22,7 @@ __all__ = [
     "Other",
     "cpus",
     "discover",
+    "free_gpu_memory",
     "free_memory",
     "gpus",
     "interface",

@@ -76,14 +76,43 @@ def memory_in_use(gpu: str) -> int:
     """Return the bytes of this GPU's memory that processes use; 0 if the driver does not say."""
     import pynvml
 
-    opened = _opened()
     try:
-        by_number = {str(number): handle for number, handle in enumerate(opened)}
-        handle = by_number.get(gpu) or pynvml.nvmlDeviceGetHandleByUUID(_whole(gpu, opened))
+        handle = _handle(gpu, _opened())
         # version 2 leaves out what the driver keeps for itself, half a gigabyte on a large GPU
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
-    except pynvml.NVMLError:
+    except (pynvml.NVMLError, IndexError):
         return 0
+
+
+def free_gpu_memory(gpus: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Return the free bytes of each of these GPUs, in CUDA's order; None without any, or if the driver does not say.
+
+    What this process itself has on them counts as used, its CUDA context too.
+    """
+    if not gpus:
+        return None
+    import pynvml
+
+    opened = _opened()
+    try:
+    import pynvml
+
+    opened = _opened()
+    try:
+        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)).free) for gpu in gpus)
+    except (pynvml.NVMLError, IndexError) as e:
+        log.warn(
+            "cluster.free_memory",
+            f"the driver does not tell how much memory of GPU {', '.join(gpus)} is free ({e}): it is not used to "
+            "verify the result",
+        )
+        return None
+
+
+def _handle(gpu: str, opened: Sequence[Any]) -> Any:  # noqa: ANN401 - NVML's
+    import pynvml
+
+    return opened[int(gpu)] if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(_whole(gpu, opened))
 
 
 def _at(there: Sequence[str], name: str) -> str:

@@ -35,8 +35,12 @@ class Merging(Section):
         return self
 
 
-def merging(run: Config | None, given: dict[str, str | None], overrides: Iterable[str]) -> Merging:
+def merging(
+    run: Config | None, given: dict[str, str | None], overrides: Iterable[str], verify: str | None = None
+) -> Merging:
     """The merge that `given` (base, adapter, out) names, or that of the adapter of a `run` where it does not.
+
+    `verify` says how far the result is verified: ``sums`` is ``examine.minutes: 0``, ``full`` refuses that.
 
     Raises `errors.ConfigError` with one line for each thing that is wrong.
     """
@@ -66,4 +70,11 @@ def merging(run: Config | None, given: dict[str, str | None], overrides: Iterabl
     for name, url in (("--base", order.model.base), ("--adapter", order.adapter.url)):
         if urls.within(url, order.run.url) or urls.within(order.run.url, url):
             raise errors.ConfigError(f"{name} {url} and --out {order.run.url} lie in each other: give another --out")
+    if verify == "full" and not order.examine.minutes:
+        raise errors.ConfigError(
+            "--verify full opens the result, and examine.minutes is 0: set examine.minutes above 0, or use "
+            "--verify sums"
+        )
+    if verify == "sums":
+        return order.model_copy(update={"examine": order.examine.model_copy(update={"minutes": 0.0})})
     return order

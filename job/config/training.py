@@ -121,11 +121,14 @@ class Examine(Section):
     """Opening the result as its users will, and asking it, before the run is done."""
 
     minutes: Annotated[float, Field(ge=0)] = 10.0
-    """How long that may take; what there is no time or memory for is left out, and said. 0: nothing is opened."""
+    """How long that may take; what there is no time or memory for is left out, and said.
+
+    0: only the sums are checked, and no model is opened (``merge --verify sums``).
+    """
     prompts: Annotated[int, Field(ge=0, le=64)] = 4
     """Held-out examples that are answered before and after training, for the report."""
     tokens: Annotated[int, Field(ge=1, le=4096)] = 128
-    """Of an answer, or fewer where there is no time for them."""
+    """Of an answer; one that is shorter because the time was over says so in the report."""
 
 
 class Merge(Section):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -33,46 +33,85 @@ class Standard:
     """What that computes with: a number format, or int8."""
     short: bool = False
     """Whether its tokenizer has more tokens than its embedding rows, as some bases that are published have."""
+    answered_by: tuple[str, str] = ("adapted", "merged")
+    """Which models answer before (with the adapter off) and after training."""
 
 
-def judged(
-    found: Mapping[str, Mapping[str, Any]], dtype: str, held: Mapping[str, Any] | None,
-    prompts: Sequence[Mapping[str, Any]], scratch: Path, like: Standard,
-) -> dict[str, Any]:  # fmt: skip
-    """What is to be told; raises `errors.ModelError` if the merged model is not `like` what it should be."""
-    left: dict[str, str] = {}
+Found: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""What the program answered of each model."""
+
+
+def check(found: Found, scratch: Path, like: Standard) -> dict[str, Any]:
+    """Raise `errors.ModelError` if the merged model is not `like` what it should be; return how near it is."""
     for name, each in found.items():
         if "error" in each and name == "merged":
             raise errors.ModelError(f"the merged model cannot be opened by plain transformers: {each['error']}")
-        if why := each.get("error") or each.get("failed") or each.get("memory"):
-            left[name] = f"memory: {why}" if "memory" in each else why
-            log.warn("examine.failed", f"{CALLED[name]}: could not be looked at ({left[name]})")
+        if name not in _measured(found):
+            log.warn("examine.failed", f"{CALLED[name]}: could not be looked at ({_fault(each)})")
     _sized(found.get("merged", {}), short=like.short)
-    good = {name: each for name, each in found.items() if "loss" in each}
+    good = _measured(found)
+    if "merged" in good and like.name in good:
+        return _compare(good["merged"], good[like.name], like.numbers, scratch)
+    return {}
+
+
+def summarize(
+    found: Found, split: str, prompts: Sequence[Mapping[str, Any]], scratch: Path, like: Standard
+) -> dict[str, Any]:
+    """Return losses, distances and answers for the report, and of which models there are none and why."""
+    good = _measured(found)
     told: dict[str, Any] = {
-        "dtype": dtype,
-        "left": left,
-        "on": held["split"] if held else "some text",
+        "dtype": like.numbers,
+        "left": {name: _fault(each) for name, each in found.items() if name not in good},
+        "on": split,
         "loss": {name: each["loss"] for name, each in good.items()},
     }
     reference = good.get("trained") or good.get("adapted")
-    if reference:
+    if reference and "loss_before" in reference:
         told["loss"]["base"] = reference["loss_before"]
-    if "merged" in good and like.name in good:
-        told |= _compare(good["merged"], good[like.name], like.numbers, scratch)
     if "trained" in good:
         told["from_trained"] = {
             name: _distance(_logits(scratch, name), _logits(scratch, "trained"))
             for name in ("merged", "other")
             if name in good
         }
-    if reference and prompts:
-        tuned = good.get("merged", reference)
-        told["answers"] = [
-            {"prompt": each["prompt"], "wanted": each["answer"], "base": before, "tuned": after}
-            for each, before, after in zip(prompts, reference["answers_before"], tuned["answers"], strict=True)
-        ]
+    if prompts:
+        told |= _answers(found, prompts, like)
     return told
+
+
+def _answers(found: Found, prompts: Sequence[Mapping[str, Any]], like: Standard) -> dict[str, Any]:
+    """Return each answer before and after, and whether the time ended it."""
+    before, after = (
+        found.get(name, {}).get(key) for name, key in zip(like.answered_by, ("answers_before", "answers"), strict=True)
+    )
+    if not before or not after:
+        log.warn("examine.answers", "there are no answers before and after: a model that was to answer could not")
+        return {}
+    told = []
+    for prompt, base, tuned in zip(prompts, before, after, strict=True):
+        each = {"prompt": prompt["prompt"], "wanted": prompt["answer"], "base": base["text"], "tuned": tuned["text"]}
+        cut = {key: answer["tokens"] for key, answer in (("base", base), ("tuned", tuned)) if answer["cut"]}
+        told.append({**each, "cut": cut} if cut else each)
+    if count := sum(len(each.get("cut", {})) for each in told):
+        log.warn(
+            "examine.cut",
+            f"{count} of {2 * len(told)} answers are shorter than examine.tokens, because the time was over: raise "
+            "examine.minutes, or lower examine.prompts or examine.tokens",
+            answers=count,
+        )
+    return {"answers": told}
+
+
+def _measured(found: Found) -> Found:
+    return {name: each for name, each in found.items() if "loss" in each}
+
+
+def _fault(answer: Mapping[str, Any]) -> str:
+    """Why nothing was measured: a lack of memory and a fault of a GPU say nothing about the model."""
+    if "memory" in answer:
+        return f"memory: {answer['memory']}"
+    return str(answer.get("error") or answer.get("failed") or f"GPU: {answer.get('gpu')}")
 
 
 def _sized(merged: Mapping[str, Any], *, short: bool) -> None:

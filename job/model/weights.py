@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from job import config, errors, log
-from job.model import parts, pieces, prequantized
+from job.model import load_size, parts, pieces, prequantized
 from job.model.pieces import Pieces
 from job.model.prequantized import Scheme, linear
 
@@ -55,13 +55,23 @@ def for_training(base: Path, settings: config.Model) -> PreTrainedModel:
 
 
 def for_answering(base: Path, settings: config.Model) -> PreTrainedModel:
-    """The same on all GPUs that there are, and what they do not hold on the CPU; not to be trained."""
+    """Load the same to answer with, not to train: on all GPUs together, or on the CPU if there is none.
+
+    Weights in 16 bits that the GPUs do not hold are in host memory. Raises `errors.ConfigError` if the GPUs are too
+    small for quantized ones, of which transformers leaves none there, and `errors.ModelError` if it cannot load them.
+    """
     described, scheme = describe(base, settings)
+    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
     if scheme:
+        if free:
+            load_size.check_packed(base, str(scheme), free[torch.cuda.current_device()])
         return for_training(base, settings)
     dtype = compute_dtype(settings.compute_dtype)
     how = _quantization(settings, described, dtype)
-    where = "auto" if torch.cuda.is_available() else {"": "cpu"}
+    where: dict[str, int | str] = {"": "cpu"}
+    if free:
+        network = load_size.outline(described, how, dtype, trust_remote_code=settings.trust_remote_code)
+        where = load_size.place(network, load_size.measure(network, how, dtype), settings.quantization, free)
     loaded = _load(base, described, settings, dtype=dtype, quantization_config=how, device_map=where)
     odd = (layer for layer in _packed(loaded) if layer.in_features % _BLOCK or layer.out_features % _BLOCK)
     _keep_plain(odd)  # which the kernels for AVX512-BF16 cannot compute

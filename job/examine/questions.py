@@ -1,0 +1,372 @@
+"""The questions about each model: where it is, how it is loaded, and what is asked of it."""
+
+import base64
+import functools
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import BitsAndBytesConfig
+
+from job import cluster, config, log
+from job.card import CALLED
+from job.examine import devices, judge
+from job.examine.devices import FORMATS, Machine, Outlined, Placement, Work
+from job.examine.inquiry import Inquiry
+from job.examine.look import Models
+from job.examine.runner import Program
+from job.model import load_size, saved, tokenizer, vision, weights
+from job.model.shard import Shard
+
+_POSITIONS = 64  # at which logits are compared
+_SHARE = 0.1  # of the time for reading examples; the rest is for loading and for answers
+_FLOAT32 = 4  # bytes
+
+
+@dataclass
+class Questions:
+    """Everything that is known before a model is loaded."""
+
+    models: Models
+    settings: config.Config | config.Merging
+    scratch: Path
+    split: str
+    """What the examples are, for the report."""
+    names: list[str]
+    """Of the models that are asked about first."""
+    like: str
+    """The model that the merged one should compute the same as."""
+    machine: Machine
+    choices: dict[str, list[Placement]]
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    tuned: str = "merged"
+    """The model that answers as the tuned one."""
+
+    @classmethod
+    def about(
+        cls, models: Models, settings: config.Config | config.Merging, held: Mapping[str, Any] | None,
+        gpus: tuple[str, ...], scratch: Path,
+    ) -> "Questions":  # fmt: skip
+        """Choose models, placements and examples for this machine as it is now."""
+        adapted = _with_adapter(models.base, settings.model)
+        like = "trained" if settings.merge.base == "dequantized" else "adapted"
+        first = ["merged"] if models.merged else []
+        names = [*first, *sorted(adapted, key=lambda name: name != like)]
+        kept = held["examples"] if held else []
+        prompts = [each for each in kept if each["asked"]][: settings.examine.prompts]
+        machine = _machine(gpus)
+        work = _work(kept, prompts, settings, models.adapter)
+        choices = _choices(names, models.base, settings.model, machine, work)
+        made = cls(
+            models,
+            settings,
+            scratch,
+            held["split"] if held else "some text",
+            names,
+            like,
+            machine,
+            choices,
+        )
+        made.tuned = made._choose_tuned()
+        made.examples, made.prompts = list(made._read(kept)), prompts
+        shown = [each for each in (*made.examples, *prompts) if "images" in each]
+        if shown:
+            _show(shown, models, settings, scratch)
+        return made
+
+    def inquiry(self, program: Program) -> Inquiry:
+        """Begin to ask: from now on the time counts."""
+        pair = {"merged", self.like} & self.choices.keys()
+        # A quantized model goes where there is room for it, others to the same place.
+        alike = len(pair) > 1 and self.like != "trained"
+        minutes = self.settings.examine.minutes
+        for name in self.names:
+            if self.choices[name]:
+                log.event(
+                    "examine.begin",
+                    f"verification: {CALLED[name]} on {self.choices[name][0]}",
+                )
+        return Inquiry(
+            program=program,
+            scratch=self.scratch,
+            minutes=minutes,
+            ends=time.monotonic() + minutes * 60,
+            choices=self.choices,
+            together=frozenset(pair if alike else ()),
+        )
+
+    def question(self, name: str, placement: Placement) -> dict[str, Any]:
+        """Return what is asked about the model of that name, as `plain` takes it."""
+        model, folder = self.settings.model, self._folder(name)
+        answers, tokens, prompts = self._answers(name)
+        return {
+            "name": name,
+            "path": str(folder or self.models.base),
+            "adapter": None if folder else str(self.models.adapter),
+            **self._words(folder),
+            "check_words": name in ("merged", self.like),
+            "quantized": _quantized(name, self.models.base, model, placement.dtype),
+            "device_map": dict(placement.device_map),
+            "dtype": placement.dtype,
+            "positions": _POSITIONS,
+            "chunk": placement.positions,
+            "batch": placement.batch,
+            "before": not folder and name in (self.like, self._reference),
+            "answers": answers,
+            "tokens": tokens,
+            "prompts": [{"ids": each["ids"][: each["asked"]], "seen": each.get("seen")} for each in prompts],
+            "trust_remote_code": model.trust_remote_code,
+            "logits": str(self.scratch / f"{name}.safetensors"),
+        }
+
+    def standard(self, inquiry: Inquiry) -> judge.Standard:
+        """Return what the merged model is held against, in the coarser of both formats."""
+        used = [inquiry.placement(name) for name in ("merged", self.like)]
+        formats = {each.dtype for each in used if each}
+        numbers = next((each for each in reversed(FORMATS) if each in formats), FORMATS[0])
+        if self.like == "trained" and self.settings.model.quantization == "int8":
+            numbers = "int8"
+        return judge.Standard(
+            self.like,
+            numbers,
+            short=self._is_short(),
+            answered_by=(self._reference, self.tuned),
+        )
+
+    def compare_bases(self, inquiry: Inquiry) -> dict[str, str]:
+        """Ask about the merge into the other base, and return why it was left out, if it was.
+
+        Its folder is as large as the merged model, so it is made when that one has passed, and
+        removed at once.
+        """
+        if not self.examples or not {"trained", "merged"} <= inquiry.found.keys():
+            return {}
+        if time.monotonic() > inquiry.ends - self.settings.examine.minutes * 60 * _SHARE:
+            return self._leave_other("there was no time left to make it")
+        folder = self.models.other()
+        if not folder:
+            return self._leave_other("there is no room for it on the disk")
+        try:
+            placement = inquiry.placement("merged")
+            inquiry.choices["other"] = [placement] if placement else []
+            inquiry.ask(
+                ["other"],
+                lambda name, where: self.question(name, where) | {"path": str(folder)},
+                self.plain_examples(),
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return {}
+
+    def left(self) -> dict[str, str]:
+        """Return which models nobody is asked about, and why."""
+        if not self.models.merged or "adapted" in self.names:
+            return {}
+        why = "the base comes quantized, and transformers alone cannot load it with an adapter"
+        log.warn("examine.left", f"{CALLED['adapted']}: not looked at: {why}")
+        return {"adapted": why}
+
+    def facts(self, inquiry: Inquiry) -> dict[str, Any]:
+        """Return for the report which models were on which devices, and which merge is which."""
+        other = "original" if self.settings.merge.base == "dequantized" else "dequantized"
+        told: dict[str, Any] = {
+            "on_devices": {name: str(inquiry.choices[name][0]) for name in inquiry.found},
+        }
+        if "other" in inquiry.found:
+            told["bases"] = {"merged": self.settings.merge.base, "other": other}
+        return told
+
+    def _folder(self, name: str) -> Path | None:
+        """The folder of a whole model; None of one that is the base with the adapter."""
+        return self.models.merged if name in ("merged", "other") else None
+
+    @property
+    def _reference(self) -> str:
+        """The model whose losses and answers stand for the adapter."""
+        return "trained" if "trained" in self.names else "adapted"
+
+    def _choose_tuned(self) -> str:
+        """Return which model answers as the tuned one: the reference if only that is fast."""
+        merged, reference = self.choices.get("merged"), self.choices.get(self._reference)
+        if not merged:
+            return self._reference
+        slow = reference and reference[0].fast and not merged[0].fast
+        return self._reference if slow else "merged"
+
+    def _answers(self, name: str) -> tuple[list[str], int, list[dict[str, Any]]]:
+        """Return which answers are asked of a model, how long, and to which prompts."""
+        tokens = self.settings.examine.tokens
+        before = ["before"] if name == self._reference else []
+        if name == self.tuned:
+            return ["after", *before], tokens, self.prompts
+        if name == "merged":  # that it writes at all is part of the verification
+            return ["after"], 1, self.prompts[:1]
+        return before, tokens, self.prompts if before else []
+
+    def _read(self, kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """As many examples as there is time for on the slowest of the models, and one at least."""
+        if not any(self.choices.values()):
+            return
+        share = self.settings.examine.minutes * 60 * _SHARE / (len(self.names) + 1)
+        used = [self.choices[name][0] for name in self.names if self.choices[name]]
+        size = outline(self.models.base, self.settings.model, None, FORMATS[0])[1]
+        spent = 0.0
+        for number, each in enumerate(kept):
+            tokens = len(each["ids"])
+            spent += max(placement.seconds(size, tokens, self.machine) for placement in used)
+            if number and spent > share:
+                log.event(
+                    "examine.read",
+                    f"verification: there is time to read {number} of {len(kept)} examples",
+                )
+                return
+            yield each
+
+    def plain_examples(self) -> list[dict[str, Any]]:
+        """Return of the examples what a model gets, and what it should answer."""
+        return [{key: each.get(key) for key in ("ids", "labels", "seen")} for each in self.examples]
+
+    def _words(self, folder: Path | None) -> dict[str, str | None]:
+        """Return where the tokenizer is, and its template if it lies apart."""
+        home = folder or tokenizer.home(self.models.adapter, self.models.base)
+        apart = tokenizer.template(self.models.adapter) if home == self.models.base else None
+        return {"words": str(home), "template": apart}
+
+    def _is_short(self) -> bool:
+        """Whether the base's embedding has fewer rows than the tokenizer has tokens."""
+        trusted = self.settings.model.trust_remote_code
+        described, _ = weights.describe(self.models.base, self.settings.model)
+        home = tokenizer.home(self.models.adapter, self.models.base)
+        rows = getattr(described.get_text_config(), "vocab_size", None)
+        return rows is not None and tokenizer.count(home, trust_remote_code=trusted) > rows
+
+    def _leave_other(self, why: str) -> dict[str, str]:
+        log.warn("examine.left", f"{CALLED['other']}: not looked at: {why}")
+        return {"other": why}
+
+
+def outline(base: Path, model: config.Model, name: str | None, dtype: str) -> Outlined:
+    """Return the base without weights, quantized as for the model `name`, and its size."""
+    described, _ = weights.describe(base, model)
+    settings = _quantized(name, base, model, dtype)
+    how = BitsAndBytesConfig(**settings) if settings else None  # type: ignore[no-untyped-call]
+    number_format: torch.dtype = getattr(torch, dtype)
+    network = load_size.outline(
+        described,
+        how,
+        number_format,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return network, load_size.measure(network, how, number_format)
+
+
+def _machine(gpus: tuple[str, ...]) -> Machine:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()  # which the merge may have filled
+    free = cluster.free_gpu_memory(gpus)
+    return Machine(free or (), cluster.free_memory(), cluster.cpus())
+
+
+def _choices(
+    names: Sequence[str],
+    base: Path,
+    model: config.Model,
+    machine: Machine,
+    work: Work,
+) -> dict[str, list[Placement]]:
+    """Return for each model where it may be, the best first; whole ones go to the same place."""
+    whole = devices.find_placements(functools.partial(outline, base, model, None), machine, work)
+    if not whole:
+        need = devices.least_memory(outline(base, model, None, FORMATS[-1])[1], work)
+        log.warn(
+            "examine.memory",
+            f"the result is not opened as a whole: it takes {log.size(need)} of memory, and "
+            f"{log.size(machine.host)} "
+            f"of the host's and {log.size(sum(machine.gpus))} of the GPUs' are free",
+        )
+    found = {name: list(whole) for name in names}
+    if "trained" in found:
+        # In the format of the others, unless they are on a CPU beside GPUs: then as in training.
+        wanted = whole[0].dtype if whole and (whole[0].fast or not machine.gpus) else FORMATS[-1]
+        formats = [wanted, *(each for each in FORMATS[::-1] if each != wanted)]
+        packed = functools.partial(outline, base, model, "trained")
+        found["trained"] = devices.find_placements(packed, machine, work, formats, quantized=True)
+    return found
+
+
+def _work(
+    kept: Sequence[Mapping[str, Any]], prompts: Sequence[Mapping[str, Any]],
+    settings: config.Config | config.Merging, adapter: Path,
+) -> Work:  # fmt: skip
+    longest = max((len(each["ids"]) for each in kept), default=_POSITIONS)
+    asked = max((each["asked"] for each in prompts), default=0) + settings.examine.tokens
+    file = adapter / saved.FILE
+    numbers = 0
+    if file.is_file():
+        numbers = sum(math.prod(each.shape) for each in Shard(file).tensors.values())
+    return Work(longest, len(prompts), asked, numbers * _FLOAT32)
+
+
+def _with_adapter(base: Path, model: config.Model) -> list[str]:
+    """Return on which bases the adapter can be opened: none if the base comes quantized."""
+    told = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if told.get("quantization_config"):
+        return []
+    return ["adapted"] if model.quantization == "none" else ["adapted", "trained"]
+
+
+def _quantized(
+    name: str | None,
+    base: Path,
+    model: config.Model,
+    dtype: str,
+) -> dict[str, Any] | None:
+    """Return how bitsandbytes quantizes the model of that name."""
+    if name != "trained":
+        return None
+    how: dict[str, Any] = {"load_in_8bit": True}
+    if model.quantization != "int8":
+        how = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": model.quantization,
+            "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_use_double_quant": model.double_quant,
+        }
+    if kept := weights.kept_whole(weights.describe(base, model)[0], getattr(torch, dtype)):
+        how["llm_int8_skip_modules"] = kept
+    return how
+
+
+def _show(
+    examples: Sequence[dict[str, Any]],
+    models: Models,
+    settings: config.Config | config.Merging,
+    scratch: Path,
+) -> None:
+    """Put what the model gets of an example's images into a file, whose path is added to it."""
+    trusted = settings.model.trust_remote_code
+    words = tokenizer.trained_with(models.adapter, models.base, trust_remote_code=trusted)
+    tokenizer.pad(words, tokenizer.rows(models.base, trust_remote_code=trusted))
+    pixels = settings.data.max_pixels if isinstance(settings, config.Config) else None
+    seeing = vision.Vision(models.base, words, pixels)
+    for number, each in enumerate(examples):
+        if "seen" in each:  # it is read and asked
+            continue
+        made = seeing.batch([each["text"]], [[base64.b64decode(image) for image in each["images"]]])
+        ids, count = made.pop("input_ids"), len(each["ids"])
+        made.pop("attention_mask")
+        held = {}
+        for name, value in made.items():
+            of_tokens = value.shape == ids.shape
+            kind, cut = ("token", value[:, :count]) if of_tokens else ("image", value)
+            held[f"{kind}.{name}"] = cut.contiguous()
+        each["seen"] = str(scratch / f"seen-{number}.safetensors")
+        save_file(held, each["seen"])
