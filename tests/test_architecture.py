@@ -89,11 +89,11 @@ def test_only_the_entrypoint_reads_the_environment(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_functions_and_files_stay_small(path: Path) -> None:
-    """A function of more than 60 lines or a file of more than 260 is two."""
+    """A function of more than 60 lines or a file of more than 400 is two."""
     source = path.read_text(encoding="utf-8")
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
 
-    assert source.count("\n") <= 260
+    assert source.count("\n") <= 400
     assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
 
 

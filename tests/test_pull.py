@@ -48,13 +48,13 @@ def cache(tmp_path: Path) -> paths.Cache:
     ],
 )  # fmt: skip
 def test_an_unusable_base_is_refused_before_anything_is_read(
-    spoil: Callable[[Path], object], told: str, base: Path, settings: config.Config, cache: paths.Cache
+    spoil: Callable[[Path], object], told: str, base: Path, settings: config.Config
 ) -> None:
     """No weights, weights of another kind, half an upload, no tokenizer, no config, nothing."""
     spoil(base)
 
-    with pytest.raises(errors.PermanentError) as caught, ExitStack() as keep:
-        pull.preflight(settings, cache, keep)
+    with pytest.raises(errors.PermanentError) as caught:
+        pull.survey(settings)
 
     assert told in str(caught.value)
     assert base.as_uri() in str(caught.value)
@@ -73,7 +73,7 @@ def test_an_unusable_base_is_refused_before_anything_is_read(
     ],
 )
 def test_examples_are_no_longer_than_the_models_context(
-    told: dict[str, object], longest: int, base: Path, tiny_run: Callable[..., Path], cache: paths.Cache
+    told: dict[str, object], longest: int, base: Path, tiny_run: Callable[..., Path]
 ) -> None:
     """Stretched or not; beyond it a model has not been trained, and some have no positions."""
     path = base / "config.json"
@@ -83,8 +83,7 @@ def test_examples_are_no_longer_than_the_models_context(
     path.write_text(json.dumps(described | told), encoding="utf-8")
 
     def look(length: int) -> None:
-        with ExitStack() as keep:
-            pull.preflight(config.read(tiny_run(model={"base": str(base)}, data={"max_length": length})), cache, keep)
+        pull.survey(config.read(tiny_run(model={"base": str(base)}, data={"max_length": length})))
 
     look(longest)
     with pytest.raises(errors.ConfigError, match=f"max_length {longest + 1} is more than the {longest} tokens"):
@@ -118,14 +117,14 @@ def test_a_star_stands_for_a_part_of_names(cache: paths.Cache, tmp_path: Path) -
     ],
 )
 def test_data_that_are_not_there_are_named(
-    data: list[str], told: str, base: Path, tiny_run: Callable[..., Path], cache: paths.Cache, tmp_path: Path
+    data: list[str], told: str, base: Path, tiny_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A missing file, an empty folder, a file of an unknown kind."""
     (base / "config.txt").write_text("x")
     settings = config.read(tiny_run(model={"base": str(base)}, data={"train": [f"{tmp_path}/{d}" for d in data]}))
 
-    with pytest.raises(errors.PermanentError, match=told), ExitStack() as keep:
-        pull.preflight(settings, cache, keep)
+    with pytest.raises(errors.PermanentError, match=told):
+        pull.survey(settings)
 
 
 def test_a_disk_that_is_too_small_is_said_at_once(
@@ -136,7 +135,7 @@ def test_a_disk_that_is_too_small_is_said_at_once(
 
     needed = r"5.2 MB are free, the run needs 1.1 GB.*set run.cache"
     with pytest.raises(errors.DiskFullError, match=needed), ExitStack() as keep:
-        pull.preflight(settings, cache, keep)
+        pull.preflight(settings, cache, keep, pull.survey(settings))
 
 
 def test_local_files_are_used_where_they_lie(settings: config.Config, base: Path, cache: paths.Cache) -> None:

@@ -42,6 +42,7 @@ def environment(environ: Mapping[str, str], team: Team, gpus: tuple[str, ...], a
     chosen = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # we say what there is to say
     if gpus:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: team.processes])
+        ours["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts, from which the numbers are
         if "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
             chosen["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # examples differ in length: less lies waste
     if team.processes > 1:
