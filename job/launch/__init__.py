@@ -4,7 +4,7 @@ What the processes make is in ``task.out``; how each of them ended is in ``task.
 """
 
 from job.launch.compatibility import check_hardware
-from job.launch.plan import Plan, plan
+from job.launch.planning import Plan, plan
 from job.launch.processes import die_with, digests, over, task, training
 from job.launch.strategy import choose
 from job.launch.team import environment, team

@@ -44,15 +44,15 @@ class Need:
 
     def fixed(self, shares: int) -> float:
         """Return what is certain to be on each of `shares` GPUs that share the base, whatever the examples."""
-        gathered = 2 * self.layer + self.ends if shares > 1 else 0.0
+        gathered = self.layer + self.ends if shares > 1 else 0.0
         return self.base / shares + self.constants + gathered + self.adapter + self.gradients
 
     def on_each(self, shares: int, processes: int = 1) -> float:
         """Return all of it for each of `shares` GPUs that share the base, of `processes` that train together."""
         exchanged = self.gradients if processes > 1 else 0.0  # a flat copy of them, to be averaged
         certain = self.fixed(shares) + self.optimizer + _CONTEXT
-        if shares > 1:  # where they are averaged when the activations are gone
-            return certain + max(self.activations, exchanged)
+        if shares > 1:  # the next layer is gathered early; gradients are averaged when the activations are gone
+            return certain + self.layer + max(self.activations, exchanged)
         return certain + self.activations + exchanged
 
 
@@ -66,7 +66,8 @@ def choose(settings: config.Config, footprint: Footprint | None, team: Team, mem
     if memory is None or footprint is None:
         return "ddp" if wanted == "auto" else wanted
     need = estimate(settings, footprint)
-    alone, shared = need.on_each(1, team.size), need.on_each(team.size, team.size)
+    shares = team.size  # fsdp and zero3 shard over all processes (train.placement)
+    alone, shared = need.on_each(1, team.size), need.on_each(shares, team.size)
     chosen = wanted
     if footprint.scheme:
         chosen = "ddp"
@@ -86,7 +87,7 @@ def choose(settings: config.Config, footprint: Footprint | None, team: Team, mem
             strategy=chosen,
             memory=memory,
         )
-    _refuse(settings, chosen, team, footprint, need, memory)
+    _refuse(settings, chosen, shares, footprint, need, memory)
     each = alone if chosen in _WHOLE else shared
     if each > memory * _USABLE and not settings.distributed.offload:
         log.warn(
@@ -98,35 +99,40 @@ def choose(settings: config.Config, footprint: Footprint | None, team: Team, mem
 
 
 def _refuse(
-    settings: config.Config, chosen: str, team: Team, footprint: Footprint, need: Need, memory: int
-) -> None:  # fmt: skip
-    """Raise `errors.ConfigError` if not even what is there whatever the examples are finds its place."""
+    settings: config.Config,
+    chosen: str,
+    shares: int,
+    footprint: Footprint,
+    need: Need,
+    memory: int,
+) -> None:
+    """Raise `errors.ConfigError` if what is there whatever the examples are has no place."""
     quantization = settings.model.quantization
     takes = (
         f"the frozen base and the adapter take about {log.size(need.fixed(1))} with model.quantization {quantization}"
     )
-    smaller = "" if quantization in ("nf4", "fp4") else "nf4, "
-    if footprint.unquantized and sum(footprint.unquantized.values()) > footprint.weights / 2:
+    if sum(footprint.unquantized.values()) > footprint.weights / 2:
         takes += f" ({describe_unquantized(footprint.weights, footprint.unquantized)})"
+    smaller = "" if quantization in ("nf4", "fp4") else "nf4, "
+    each = f"on each GPU of {log.size(memory)}"
+    whole = need.base + need.constants
     if chosen in _WHOLE and need.fixed(1) > memory:
         raise errors.ConfigError(
-            f"{takes}, and {chosen} has all of it on each GPU of {log.size(memory)}: use {smaller}larger GPUs, or "
-            "several and distributed.strategy fsdp"
+            f"{takes}, and {chosen} has all of it {each}: use {smaller}larger GPUs, or several and "
+            "distributed.strategy fsdp"
         )
-    whole = need.base + need.constants
     if chosen == "zero3" and quantization != "none" and whole > memory:
         raise errors.ConfigError(
-            f"{takes}, and zero3 shards quantized weights only when all of them are on each GPU of "
-            f"{log.size(memory)}: use distributed.strategy fsdp, which does it while it loads them"
+            f"{takes}, and zero3 shards quantized weights only when all of them are {each}: use "
+            "distributed.strategy fsdp, which does it while it loads them"
         )
     if chosen == "fsdp" and settings.lora.dora and whole > memory:
+        raise errors.ConfigError(f"{takes}, and lora.dora needs all of it {each} to begin with: leave dora out")
+    if not settings.distributed.offload and need.fixed(shares) > memory:
         raise errors.ConfigError(
-            f"{takes}, and lora.dora needs all of it on each GPU of {log.size(memory)} to begin with: leave dora out"
-        )
-    if not settings.distributed.offload and need.fixed(team.size) > memory:
-        raise errors.ConfigError(
-            f"{takes}, and {team.size} GPUs of {log.size(memory)} cannot hold it together, for each needs "
-            f"{log.size(need.fixed(team.size))}: use more or larger ones, {smaller}or distributed.offload with fsdp"
+            f"{takes}, and {shares} GPUs of {log.size(memory)} cannot hold it together, for each "
+            f"needs {log.size(need.fixed(shares))}: use more or larger ones, {smaller}or "
+            "distributed.offload with fsdp"
         )
 
 

@@ -17,9 +17,15 @@ from typing import Any
 from job import errors
 from job.config import Config
 
-SETTINGS, TENSORS, RESULT = "settings.json", "tensors.json", "footprint.json"  # beside the config.json
+SETTINGS, TENSORS = "settings.json", "tensors.json"  # beside the config.json
+_RESULT = "footprint.json"
 _ROOT = Path(__file__).parents[2]
-_PROGRAM = "import sys; from job.model.measure import main; main(sys.argv[1])"
+_PROGRAM = """
+import logging, sys
+logging.disable(logging.WARNING)  # what there is to warn of is said again when the model is loaded
+from job.model.measure import main
+main(sys.argv[1])
+"""
 _SHOWN = 4  # kinds of weights in a message
 
 
@@ -94,16 +100,21 @@ def ask(settings: Config, folder: Path) -> Footprint:
     if process.returncode:
         last = output.decode(errors="replace").strip().rpartition("\n")[2]
         raise errors.JobError(f"the process that sizes the model up ended with {process.returncode}: {last}")
-    result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return read(folder)
+
+
+def read(folder: Path) -> Footprint:
+    """Return what `write` has written; raises `errors.ModelError` if that is an error."""
+    result: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
     if "error" in result:
         raise errors.ModelError(result["error"])
     return Footprint(**result)
 
 
 def write(folder: Path, result: Footprint | errors.PermanentError) -> None:
-    """Write what `ask` reads."""
+    """Write a footprint, or why there is none, for the process that asked."""
     told = dataclasses.asdict(result) if isinstance(result, Footprint) else {"error": str(result)}
-    (folder / RESULT).write_text(json.dumps(told), encoding="utf-8")
+    (folder / _RESULT).write_text(json.dumps(told), encoding="utf-8")
 
 
 def _in_billions(count: int) -> str:

@@ -1,7 +1,6 @@
 """Sizing a base model and its adapter up without their weights, from the modules that training would make of them."""
 
 import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,13 +23,13 @@ from job.model.prequantized import PACKED, Scheme
 _BLOCK, _NESTED_BLOCK, _TABLE, _NESTED_TABLE = 64, 256, 16 * 4, 256 * 4
 _FLOAT = 4  # bytes
 _BYTES = {"I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}  # of the dtypes of safetensors
+_ORDER = "g_idx"  # a number for each input, dropped where it says nothing, and less than a thousandth of a layer
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
 _UNUSABLE = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError)  # what transformers raises
 
 
 def main(folder: str) -> None:
     """Write the footprint of the model that `footprint.ask` describes in `folder`, or why it has none."""
-    logging.disable(logging.WARNING)  # what there is to warn of is said again when the model is loaded
     place = Path(folder)
     tree = json.loads((place / footprint.SETTINGS).read_text(encoding="utf-8"))
     try:
@@ -125,6 +124,8 @@ def _measure_files(base: Path, plain: _Sizes, scheme: Scheme, width: int) -> _Si
         if leaf == PACKED[0]:
             sizes.blocks["all"] += count * _BYTES[dtype]
             sizes.largest = max(sizes.largest, math.prod(scheme.unpacked(*shape)))
+        elif leaf == _ORDER:
+            continue
         elif leaf in PACKED:
             sizes.constants += count * _BYTES[dtype]
         else:
