@@ -291,3 +291,69 @@ def test_an_artefact_that_is_damaged_where_it_lies_is_made_again(cache: paths.Ca
         pull.artefact(store, paths.ADAPTER, cache, lambda: None)
 
     assert storage.sealed(store, paths.ADAPTER) is None
+
+
+@pytest.fixture
+def looked(
+    s3: S3, bucket: str, base: Path, tiny_run: Callable[..., Path], cache: paths.Cache, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Look whether a disk is large enough for a base that is in a bucket: so many times as large, and as the spare."""
+    s3.upload(base, bucket, "base")
+
+    def look(bases: int, less: int = 0, **sections: dict[str, object]) -> None:
+        model = {"base": f"s3://{bucket}/base", **sections.pop("model", {})}
+        read = config.read(tiny_run(**{"examine": {"minutes": 1}, **sections, "model": model}))
+        surveyed, scratch = pull.survey(read), 5000
+        free = bases * surveyed.found[0].size + scratch + (1 << 30) - less
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+        with ExitStack() as keep:
+            pull.preflight(read, cache, keep, surveyed, scratch=scratch, look=True)
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("sections", "bases"),
+    [
+        ({"examine": {"minutes": 0}}, 2),
+        ({"model": {"quantization": "none"}}, 2),
+        ({"merge": {"enabled": False}}, 1),
+        ({"merge": {"dtype": "float32"}, "examine": {"minutes": 0}}, 3),
+    ],
+)
+def test_the_disk_holds_the_base_the_merged_model_and_checkpoints(
+    sections: dict[str, dict[str, object]], bases: int, looked: Callable[..., None], said: Callable[[], str]
+) -> None:
+    """All are there at the end of a run."""
+    looked(bases, **sections)
+    assert "no room for the model" not in said()
+    with pytest.raises(errors.DiskFullError):
+        looked(bases, less=1, **sections)
+
+
+def test_the_disk_holds_the_comparison_model_if_it_can(looked: Callable[..., None], said: Callable[[], str]) -> None:
+    """The result is whole without it, so that it is missing is said before the download, and no reason to refuse."""
+    looked(3)
+    assert "no room for the model" not in said()
+    looked(3, less=1)
+    assert "the disk has no room for the model that the merged one is to be compared with" in said()
+    with pytest.raises(errors.DiskFullError):
+        looked(2, less=1)
+
+
+def test_what_a_killed_merge_left_is_not_needed_again(
+    settings: config.Config, cache: paths.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start finds its shards on the disk that they fill."""
+    surveyed = pull.survey(settings)
+    partial = cache.work("merged-1f.partial")
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"x" * surveyed.found[0].size)
+    free = (1 << 30) + 10
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+
+    with ExitStack() as keep:
+        pull.preflight(settings, cache, keep, surveyed, look=True)
+    (partial / "model.safetensors").unlink()
+    with pytest.raises(errors.DiskFullError), ExitStack() as keep:
+        pull.preflight(settings, cache, keep, surveyed, look=True)
