@@ -1,14 +1,16 @@
 """How many processes train, how they share the model, and what their environment tells the libraries."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import shapes
 from conftest import ROOT
 
 from job import cluster, config, errors, inputs, launch
+from job.model import measure
+from job.model.footprint import Footprint
 
 GIB = 2**30
 ZERO = {"distributed": {"strategy": "zero2"}, "train": {"optimizer": "adamw_torch"}}
@@ -86,6 +88,7 @@ def test_the_environment_of_those_that_train_is_ours(tmp_path: Path) -> None:
     made = environment_of(environ, inputs.Team(processes=2), ("4", "5", "6"))
 
     assert made["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert made["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # or CUDA would count the fastest first
     assert made["OMP_NUM_THREADS"] == str(max(1, cluster.cpus() // 2))
     assert made["GROUP_ID"] == "mine"
     assert made["TRITON_CACHE_DIR"] == str(KERNELS)  # one for all of them
@@ -142,35 +145,16 @@ def test_gloo_and_nccl_are_told_the_interface_that_the_others_reach() -> None:
     assert not alone.keys() & {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
 
 
-MODELS = {  # hidden size, width of the MLP, layers, words, width of keys and values
-    "8B (Llama 3.1)": (4096, 14336, 32, 128256, 1024),
-    "14B (Qwen2.5)": (5120, 13824, 48, 152064, 1024),
-    "32B (Qwen2.5)": (5120, 27648, 64, 152064, 1024),
-    "70B (Llama 3.1)": (8192, 28672, 80, 128256, 1024),
-}
+MODELS = {
+    "8B (Llama 3.1)": "Llama-3.1-8B-Instruct", "14B (Qwen2.5)": "Qwen2.5-14B-Instruct",
+    "32B (Qwen2.5)": "Qwen2.5-32B-Instruct", "70B (Llama 3.1)": "Llama-3.1-70B-Instruct",
+    "30B mixture (Qwen3-30B-A3B)": "Qwen3-30B-A3B",
+}  # fmt: skip
 
 
-def headers(model: str, base: Path) -> Path:
-    """The headers of a model; the weights themselves are not there."""
-    hidden, wide, layers, words, keys = MODELS[model]
-    shapes = {"model.embed_tokens.weight": [words, hidden], "lm_head.weight": [words, hidden]}
-    for layer in range(layers):
-        shapes[f"model.layers.{layer}.self_attn.q_proj.weight"] = [hidden, hidden]
-        shapes[f"model.layers.{layer}.self_attn.k_proj.weight"] = [keys, hidden]
-        shapes[f"model.layers.{layer}.self_attn.v_proj.weight"] = [keys, hidden]
-        shapes[f"model.layers.{layer}.self_attn.o_proj.weight"] = [hidden, hidden]
-        for name in ("gate", "up", "down"):
-            shapes[f"model.layers.{layer}.mlp.{name}_proj.weight"] = [wide, hidden]
-    header = json.dumps({name: {"dtype": "BF16", "shape": shape} for name, shape in shapes.items()}).encode()
-    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    told = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": wide, "vocab_size": words}
-    (base / "config.json").write_text(json.dumps(told))
-    return base
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return headers("8B (Llama 3.1)", tmp_path)
+def sizes(settings: config.Config, folder: Path, model: str = "8B (Llama 3.1)") -> Footprint:
+    """What the model consists of, by its config.json; no weights are there."""
+    return measure.measure(shapes.outline(MODELS[model], folder), settings)
 
 
 @pytest.mark.parametrize(
@@ -181,43 +165,48 @@ def base(tmp_path: Path) -> Path:
     ],
 )  # fmt: skip
 def test_the_strategy_follows_from_what_the_model_needs(
-    quantization: str, processes: int, gib: int | None, strategy: str, base: Path, tiny_run: Callable[..., Path]
+    quantization: str, processes: int, gib: int | None, strategy: str, tmp_path: Path, tiny_run: Callable[..., Path]
 ) -> None:
     """A copy on each GPU where it fits, for it is fastest; else the frozen base is shared out."""
     settings = config.read(tiny_run(model={"quantization": quantization}, train={"micro_batch_size": 1}))
     team = inputs.Team(processes=processes, strategy="auto")
 
-    assert launch.choose(settings, base, team, gib and gib * GIB) == strategy
+    assert launch.choose(settings, sizes(settings, tmp_path), team, gib and gib * GIB) == strategy
 
 
 @pytest.mark.parametrize(
     ("more", "processes", "gib", "told"),
     [
-        ({"model": {"quantization": "none"}}, 2, 6, r"16\.1 GB .* 2 GPUs of 6\.4 GB cannot hold it together"),
-        ({"model": {"quantization": "none"}}, 1, 12, r"16\.1 GB .* ddp has all of it on each GPU of 12\.9 GB: use nf4"),
+        ({"model": {"quantization": "none"}}, 2, 6, r"16\.4 GB .* 2 GPUs of 6\.4 GB cannot hold it .* needs 11\.\d GB"),
+        ({"model": {"quantization": "none"}}, 1, 12, r"16\.4 GB .* ddp has all of it on each GPU of 12\.9 GB: use nf4"),
         ({"distributed": {"strategy": "ddp"}}, 4, 5, "ddp has all of it on each GPU"),
         (
             {"distributed": {"strategy": "zero3"}, "train": {"optimizer": "adamw_torch"}}, 4, 5,
-            "zero3 shares quantized weights out only when all of them are on each GPU",
+            "zero3 shards quantized weights only when all of them are on each GPU",
         ),
         ({"distributed": {"strategy": "fsdp"}, "lora": {"dora": True}}, 4, 5, r"lora\.dora needs all of it"),
     ],
 )  # fmt: skip
 def test_a_base_that_has_no_place_is_refused(
-    more: dict[str, dict[str, object]], processes: int, gib: int, told: str, base: Path, tiny_run: Callable[..., Path]
+    more: dict[str, dict[str, object]],
+    processes: int,
+    gib: int,
+    told: str,
+    tmp_path: Path,
+    tiny_run: Callable[..., Path],
 ) -> None:
     """With what it takes, what there is, and what to do."""
     settings = config.read(tiny_run(**more))
 
     with pytest.raises(errors.ConfigError, match=told):
-        launch.choose(settings, base, inputs.Team(processes=processes), gib * GIB)
+        launch.choose(settings, sizes(settings, tmp_path), inputs.Team(processes=processes), gib * GIB)
 
 
-def test_what_the_user_chose_is_done(base: Path, tiny_run: Callable[..., Path]) -> None:
+def test_what_the_user_chose_is_done(tmp_path: Path, tiny_run: Callable[..., Path]) -> None:
     """Although a copy on each GPU would be faster."""
     settings = config.read(tiny_run(distributed={"strategy": "fsdp"}))
 
-    assert launch.choose(settings, base, inputs.Team(processes=2), 80 * GIB) == "fsdp"
+    assert launch.choose(settings, sizes(settings, tmp_path), inputs.Team(processes=2), 80 * GIB) == "fsdp"
 
 
 def test_the_table_in_the_docs_is_what_the_job_does(tmp_path: Path, said: Callable[[], str]) -> None:
@@ -234,11 +223,12 @@ def test_the_table_in_the_docs_is_what_the_job_does(tmp_path: Path, said: Callab
             "run": {"name": "table", "url": "file:///run"}, "data": {"train": ["file:///train.jsonl"]},
             "model": {"base": "file:///base", "quantization": quantization}, "train": {"micro_batch_size": 1},
         }  # fmt: skip
-        settings, base = config.check(tree, config.Places("the table", {})), headers(name, tmp_path)
+        settings = config.check(tree, config.Places("the table", {}))
+        footprint = sizes(settings, tmp_path, name)
         for (gpus, gib), cell in zip(columns, cells, strict=True):
             before = said().count("may be too much")
             try:
-                made = launch.choose(settings, base, inputs.Team(processes=gpus, strategy="auto"), gib * GIB)
+                made = launch.choose(settings, footprint, inputs.Team(processes=gpus, strategy="auto"), gib * GIB)
             except errors.ConfigError:
                 made = "-"
             made += ", tight" if said().count("may be too much") > before else ""

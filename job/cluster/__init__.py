@@ -1,9 +1,13 @@
 """Where am I: which machine of how many, with which hardware; and in touch with the others."""
 
 from job.cluster.cgroup import memory_limit, oom_kills
+from job.cluster.fatbin import Code, read_code
 from job.cluster.first import First
 from job.cluster.hardware import (
+    Gpu,
     cpus,
+    describe_gpus,
+    driver_version,
     free_gpu_memory,
     free_memory,
     gpus,
@@ -17,11 +21,15 @@ from job.cluster.peers import Alone, Other
 
 __all__ = [
     "Alone",
+    "Code",
     "First",
+    "Gpu",
     "Node",
     "Other",
     "cpus",
+    "describe_gpus",
     "discover",
+    "driver_version",
     "free_gpu_memory",
     "free_memory",
     "gpus",
@@ -32,6 +40,7 @@ __all__ = [
     "memory_in_use",
     "memory_limit",
     "oom_kills",
+    "read_code",
 ]
 
 

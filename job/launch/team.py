@@ -65,6 +65,7 @@ def environment(
     ours["TRITON_CACHE_DIR"] = str(kernels.cache_folder(environ, kernel_cache))
     if gpus:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: team.processes])
+        ours["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts, from which the numbers are
         if "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
             chosen["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # examples differ in length: less lies waste
     if gpus and deterministic:

@@ -120,7 +120,7 @@ def spread(
     quantizer = getattr(network, "hf_quantizer", None)
     counted = compute_module_sizes(network, quantizer)[0][""]
     scale = counted / size.weights  # transformers does not count the scales of quantized weights
-    rooms = {**dict(enumerate(gpus)), "cpu": host}
+    rooms: dict[int | str, float] = {**dict(enumerate(gpus)), "cpu": host}
     limits: dict[int | str, int | str] = {
         device: max(0, int(room * scale)) for device, room in rooms.items()
     }  # fmt: skip

@@ -155,8 +155,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         scratch = Path(self.args.output_dir) / states.TRAINER  # of the machine, so of one process only
         self.state.save_to_json(str(scratch))
         trainer = scratch.read_text(encoding="utf-8")
-        made = states.capture(self.state.global_step, self._loop, trainer, unlogged, self._saving.spare())
-        self._saving.submit(made, self.state.best_global_step if self._keep_best else None)
+        best = self.state.best_global_step if self._keep_best else None
+        made = states.capture(self.state.global_step, self._loop, trainer, unlogged, self._saving.spare(best))
+        self._saving.submit(made, best)
 
     def _compare(self, seconds: float) -> None:
         """Say which process the others wait for, if one is much slower."""
