@@ -148,7 +148,7 @@ def test_only_the_sums_are_checked_where_nothing_else_is_wanted(
     outcome = job("merge", *given, "--verify", "sums", "--json")
 
     assert outcome.returncode == 0, outcome.stderr
-    events = [json.loads(line) for line in outcome.stdout.splitlines()]
+    events = [json.loads(line) for line in outcome.stderr.splitlines() if line.startswith("{")]
     assert {"merge.checked", "examine.sums"} <= {each["event"] for each in events}
     assert "examine.merged" not in {each["event"] for each in events}
     written = (tmp_path / "out" / "README.md").read_text()
