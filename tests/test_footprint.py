@@ -216,7 +216,7 @@ def test_a_mixture_that_cannot_fit_is_refused(tmp_path: Path) -> None:
     ("gib", "processes", "shards"),
     [
         (24, 4, 4),  # 35 GB of weights over four cards of a node, and a copy on each node
-        (16, 4, 8),  # too little: over both nodes
+        (18, 4, 8),  # too little: over both nodes
         (48, 1, 2),  # alone on its node a process has nobody else to share with
     ],
 )
