@@ -4,6 +4,7 @@ What they stand in for is in C, so everything above them is the real thing: pynv
 module with its launcher, and the loader of shared libraries.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -59,7 +60,15 @@ int nvmlInitWithFlags(unsigned flags) { return 0; }
 int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = device; return 0; }
 int nvmlDeviceGetMaxMigDeviceCount(void *device, unsigned *count) { *count = 0; return 0; }
+int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
+  *major = 8; *minor = 0; return 0;
+}
+int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *memory) {
+  memory[0] = memory[1] = 80ull << 30; memory[2] = 0; return 0; /* total, free, used */
+}
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13000; return 0; }
 """
+CUDA_VERSION = "cuda: Optional[str] = '13.0'"
 
 
 def build(folder: Path, *, cuda: str = CUDA, gpu: bool = False) -> Path:
@@ -73,6 +82,24 @@ def build(folder: Path, *, cuda: str = CUDA, gpu: bool = False) -> Path:
         line = ["gcc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", folder / name, code]
         subprocess.run(line, check=True)
     return folder
+
+
+def write_version(torch: Path, target: Path) -> None:
+    """Write the version file of the installed `torch` as a build for CUDA 13.0 has it."""
+    text = (torch / "version.py").read_text(encoding="utf-8")
+    target.write_text(re.sub(r"^cuda: .*$", CUDA_VERSION, text, flags=re.MULTILINE), encoding="utf-8")
+
+
+def claim_cuda(site: Path) -> None:
+    """Put this environment's torch into `site` as one that says it was built for CUDA 13.0."""
+    origin = importlib.util.find_spec("torch")
+    assert origin
+    torch, copy = Path(str(origin.origin)).parent, site / "torch"
+    copy.mkdir(parents=True)
+    for path in torch.iterdir():
+        if path.name not in ("version.py", "__pycache__"):
+            (copy / path.name).symlink_to(path)
+    write_version(torch, copy / "version.py")
 
 
 def triton_site(folder: Path) -> Path | None:
