@@ -128,7 +128,7 @@ def lead(here: Here, *, restart: bool) -> None:
 
 
 def ready(here: Here, *, trained: bool = False, helps: bool = False, look: bool = False) -> Here:
-    """Refuse what cannot be run on this machine before anything large is downloaded; choose the strategy.
+    """Refuse what this machine cannot run before anything large is downloaded; choose the strategy.
 
     Only where there are GPUs is the model sized up, which takes seconds.
     """

@@ -20,7 +20,10 @@ class Card:
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch, cards: Sequence[Card], driver: str = "580.95.05", cuda: int = 13000
+    monkeypatch: pytest.MonkeyPatch,
+    cards: Sequence[Card],
+    driver: str = "580.95.05",
+    cuda: int = 13000,
 ) -> None:
     """Let `pynvml` answer as the driver of a machine with these cards would."""
 

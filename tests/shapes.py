@@ -72,10 +72,11 @@ class Row(NamedTuple):
     """GiB: all of it and 1 GB for CUDA, cuBLAS and what lies between tensors."""
 
 
-# Simulated, never measured: transformers', PEFT's and TRL's own code (the versions in constraints.txt) on torch's
-# FakeTensorMode, with bitsandbytes' products as dequantize and F.linear, attention that keeps q, k, v and its output,
-# keys and values repeated for all heads, TRL's chunked loss, non-reentrant checkpointing, dropout 0.05 (0 for dpo),
-# every token predicted; the peak of live storages, from models of 3 and 5 layers, extrapolated to all.
+# Simulated, never measured: transformers', PEFT's and TRL's own code (the versions in
+# constraints.txt) on torch's FakeTensorMode, with bitsandbytes' products as dequantize and
+# F.linear, attention that keeps q, k, v and its output, keys and values repeated for all heads,
+# TRL's chunked loss, non-reentrant checkpointing, dropout 0.05 (0 for dpo), every token predicted;
+# the peak of live storages, from models of 3 and 5 layers, extrapolated to all.
 TABLE_B = [
     Row("chatglm3-6b", 2, 512, 8, "nf4", 4.08, 0.07, 0.63, 0.03, 5.41),
     Row("Llama-3.1-8B-Instruct", 2, 1024, 16, "nf4", 5.87, 0.17, 1.16, 0.08, 7.71),

@@ -55,10 +55,19 @@ def test_a_library_without_gpu_code_tells_nothing() -> None:
 
 def test_code_runs_on_newer_gpus_of_its_generation_and_ptx_on_all() -> None:
     """The rules of the CUDA C++ Programming Guide."""
-    ampere, hopper = Code(frozenset({(8, 6)}), frozenset()), Code(frozenset({(9, 0)}), frozenset({(9, 0)}))
+    ampere, hopper = (
+        Code(frozenset({(8, 6)}), frozenset()),
+        Code(frozenset({(9, 0)}), frozenset({(9, 0)})),
+    )
 
-    assert [gpu for gpu in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)] if ampere.runs_on(gpu)] == [(8, 6), (8, 9)]
-    assert [gpu for gpu in [(7, 5), (8, 9), (9, 0), (12, 0)] if hopper.runs_on(gpu)] == [(9, 0), (12, 0)]
+    assert [gpu for gpu in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)] if ampere.runs_on(gpu)] == [
+        (8, 6),
+        (8, 9),
+    ]
+    assert [gpu for gpu in [(7, 5), (8, 9), (9, 0), (12, 0)] if hopper.runs_on(gpu)] == [
+        (9, 0),
+        (12, 0),
+    ]
 
 
 @pytest.mark.usefixtures("torch")
@@ -86,7 +95,9 @@ def test_gpus_from_turing_on_are_fine(capability: tuple[int, int], monkeypatch: 
 
 
 @pytest.mark.usefixtures("torch")
-def test_slices_and_gpus_that_do_not_answer_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_and_gpus_that_do_not_answer_are_not_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A slice is as good as the card that it is cut from; of the other nothing is known."""
     nvml.install(monkeypatch, [Card(capability=None), Card("Tesla V100", (7, 0), mig="MIG-1")])
 
@@ -99,7 +110,10 @@ def test_slices_and_gpus_that_do_not_answer_are_not_refused(monkeypatch: pytest.
 def test_a_driver_that_is_too_old_is_refused(torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its version, both versions of CUDA, and the oldest driver that will do; minor versions do not matter."""
     nvml.install(monkeypatch, [Card()], "570.172.08", 12080)
-    with pytest.raises(errors.ConfigError, match=r"driver 570\.172\.08 of this machine runs CUDA 12\.8, .* driver 580"):
+    with pytest.raises(
+        errors.ConfigError,
+        match=r"driver 570\.172\.08 of this machine runs CUDA 12\.8, .* driver 580",
+    ):
         check()
 
     nvml.install(monkeypatch, [Card()])
@@ -129,12 +143,16 @@ def test_bitsandbytes_counts_only_where_it_is_used(torch: Path, monkeypatch: pyt
     check(model={"quantization": "none"}, train={"optimizer": "adamw_torch"})
     (torch / "version.py").write_text("cuda = '14.1'\n")
     nvml.install(monkeypatch, [Card()], "700.00", 14010)
-    with pytest.raises(errors.ConfigError, match=r"CUDA 14\.1, but the installed bitsandbytes has libraries for 11\.8"):
+    with pytest.raises(
+        errors.ConfigError,
+        match=r"CUDA 14\.1, but the installed bitsandbytes has libraries for 11\.8",
+    ):
         check()
 
 
 @pytest.mark.parametrize(
-    ("cuda", "library"), [((13, 1), "cuda130"), ((13, 2), "cuda132"), ((12, 0), "cuda121"), ((12, 9), "cuda128")]
+    ("cuda", "library"),
+    [((13, 1), "cuda130"), ((13, 2), "cuda132"), ((12, 0), "cuda121"), ((12, 9), "cuda128")],
 )
 def test_bitsandbytes_library_is_chosen_as_it_chooses_itself(cuda: tuple[int, int], library: str) -> None:
     """The newest of the same major version that is not newer than torch's CUDA, else the oldest."""
@@ -153,7 +171,8 @@ def test_numbers_that_may_mean_two_gpus_are_refused(monkeypatch: pytest.MonkeyPa
     nvml.install(monkeypatch, [Card("NVIDIA T400"), Card("NVIDIA A40")])
 
     with pytest.raises(
-        errors.ConfigError, match=r"different GPUs \(NVIDIA A40, NVIDIA T400\).*set CUDA_DEVICE_ORDER to"
+        errors.ConfigError,
+        match=r"different GPUs \(NVIDIA A40, NVIDIA T400\).*set CUDA_DEVICE_ORDER to",
     ):
         cluster.gpus(fastest)
     assert cluster.gpus({**fastest, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) == ("0",)
@@ -182,7 +201,12 @@ def test_a_mixture_that_cannot_fit_is_refused_before_it_is_downloaded(
     machine = cli.Machine(read, {}, preemption.Notice(), ExitStack(), ())
     cache = paths.Cache(tmp_path / "cache", "run")
     here = entrypoint.Here(
-        machine, storage.connect(read.run.url), cache, inputs.Team(gpus=True, strategy="auto"), cluster.Alone(), None
+        machine,
+        storage.connect(read.run.url),
+        cache,
+        inputs.Team(gpus=True, strategy="auto"),
+        cluster.Alone(),
+        None,
     )
 
     nvml.install(monkeypatch, [Card(gigabytes=48)])

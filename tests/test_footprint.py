@@ -52,7 +52,10 @@ def loaded_bytes(network: PreTrainedModel) -> int:
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [*((family, "nf4") for family in FAMILIES), *(("qwen3_moe", way) for way in WAYS if way != "nf4")],
+    [
+        *((family, "nf4") for family in FAMILIES),
+        *(("qwen3_moe", way) for way in WAYS if way != "nf4"),
+    ],
 )
 def test_a_base_is_as_large_as_stock_transformers_and_bitsandbytes_make_it(
     family: str, way: str, tmp_path: Path
@@ -61,7 +64,11 @@ def test_a_base_is_as_large_as_stock_transformers_and_bitsandbytes_make_it(
     base = random_model(family, tmp_path / "base")
     quantization, _, single = way.partition(", ")
     read = shapes.settings(
-        model={"quantization": quantization, "double_quant": not single, "compute_dtype": "bfloat16"}
+        model={
+            "quantization": quantization,
+            "double_quant": not single,
+            "compute_dtype": "bfloat16",
+        }
     )
     how = BitsAndBytesConfig(**WAYS[way]) if WAYS[way] else None
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=how)
@@ -247,7 +254,10 @@ def test_copies_of_the_state_need_host_memory(tmp_path: Path) -> None:
     more = {"lora": {"r": 64}, "distributed": {"strategy": "fsdp", "offload": True}}
     train = {"optimizer": "adamw_torch"}
     read, sizes = sized("Llama-3.1-70B-Instruct", tmp_path, train=train, **more)
-    team, need = inputs.Team(nodes=2, processes=4, strategy="fsdp", gpus=True), strategy.estimate(read, sizes)
+    team, need = (
+        inputs.Team(nodes=2, processes=4, strategy="fsdp", gpus=True),
+        strategy.estimate(read, sizes),
+    )
     copies, base = 3 * 12 * sizes.trained, need.base / 2
 
     planning.check_host_memory(read, need, team, int(copies + base) + 1)
@@ -257,7 +267,10 @@ def test_copies_of_the_state_need_host_memory(tmp_path: Path) -> None:
 
     last, _ = sized("Llama-3.1-70B-Instruct", tmp_path, train={**train, "keep_best": False}, **more)
     planning.check_host_memory(last, need, team, int(copies * 2 / 3 + base) + 1)
-    assert (checkpoint.most_copies(keep_best=True), checkpoint.most_copies(keep_best=False)) == (3, 2)
+    assert (checkpoint.most_copies(keep_best=True), checkpoint.most_copies(keep_best=False)) == (
+        3,
+        2,
+    )
 
 
 def test_another_process_counts_the_same(tmp_path: Path) -> None:
@@ -271,7 +284,11 @@ def test_another_process_counts_the_same(tmp_path: Path) -> None:
     ("described", "targets", "told"),
     [
         ('{"model_type": "qwen99"}', "auto", "qwen99"),
-        ('{"model_type": "llama", "num_hidden_layers": 1}', ["c_attn"], "c_attn matches no linear layer"),
+        (
+            '{"model_type": "llama", "num_hidden_layers": 1}',
+            ["c_attn"],
+            "c_attn matches no linear layer",
+        ),
         ("{", "auto", "cannot be loaded"),
     ],
 )

@@ -24,9 +24,10 @@ def most_copies(*, keep_best: bool) -> int:
 class Background:
     """Saves states in a thread of its own, one after another; the memory of one that is done with is in `spare`.
 
-    Three of them are in memory at most: one that is being uploaded, the best one if it still waits, and the newest.
-    Training never waits: where the network is slower than the cadence, the next state is copied into the memory of
-    the newest one that still waits, which is given up. The last and the best one always arrive.
+    Three of them are in memory at most: one that is being uploaded, the best one if it still waits,
+    and the newest. Training never waits: where the network is slower than the cadence, the next
+    state is copied into the memory of the newest one that still waits, which is given up. The last
+    and the best one always arrive.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -57,10 +58,11 @@ class Background:
         return self._busy or bool(self._waiting)
 
     def spare(self, best_step: int | None = None) -> "State | None":
-        """Return a state to be overwritten by the next one that is submitted; None if there is none.
+        """Return a state for the next one to overwrite; None if there is none.
 
-        That is one that is done with, or else one that waits and is not the best so far, of `best_step`: it would be
-        given up anyway when the next one is submitted, and memory stays bounded.
+        That is one that is done with, or else one that waits and is not the best so far, of
+        `best_step`: it would be given up anyway when the next one is submitted, and memory stays
+        bounded.
         """
         with self._changed:
             if self._done:
@@ -103,8 +105,8 @@ class Background:
     def _tell_given_up(step: int) -> None:
         log.warn(
             "checkpoint.slow",
-            f"the checkpoint at step {step} was not sent before the next one was due: checkpoints take longer than the "
-            "time between them",
+            f"the checkpoint at step {step} was not sent before the next one was due: checkpoints "
+            "take longer than the time between them",
             step=step,
         )
 

@@ -1,8 +1,11 @@
-"""Which GPUs a CUDA library has code for, read from the file itself: loading it takes seconds and a working driver.
+"""Which GPUs a CUDA library has code for, read from the file itself.
 
-nvcc puts its output into the section `.nv_fatbin` of a library: one "fat binary" after another, each with an image for
-every architecture. Layout of the headers: github.com/n-eiling/cuda-fatbin-decompression, checked against torch
-2.13.0+cu130 and bitsandbytes 0.50.2.
+Loading it would take seconds and a driver that works.
+
+nvcc puts its output into the section `.nv_fatbin` of a library: one "fat binary" after another,
+each with an image for every architecture. Layout of the headers:
+github.com/n-eiling/cuda-fatbin-decompression, checked against torch 2.13.0+cu130 and bitsandbytes
+0.50.2.
 """
 
 import mmap
@@ -13,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MAGIC = 0xBA55ED50
-_BINARY = struct.Struct("<IHHQ")  # magic, version, bytes of this header, bytes of the images after it
-_IMAGE = struct.Struct("<HHIQIIHHI")  # kind, version, bytes of this header, of the image, four more, architecture
+_BINARY = struct.Struct("<IHHQ")  # magic, version, bytes of this header, of the images after it
+# kind, version, bytes of this header, of the image, four fields more, architecture
+_IMAGE = struct.Struct("<HHIQIIHHI")
 _PTX, _CUBIN = 1, 2  # kinds of images: text for any newer GPU, and code for one architecture
 _ALIGNMENT = 8  # of fat binaries in their section
 
@@ -23,16 +27,17 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Code:
-    """The compute capabilities that most kernels of a library have code for, and PTX, which newer GPUs compile."""
+    """Compute capabilities that a library has code for, and PTX, which newer GPUs compile."""
 
     binary: frozenset[Capability]
     ptx: frozenset[Capability]
 
     def runs_on(self, gpu: Capability) -> bool:
-        """Return whether a GPU of that compute capability can run the library; also if nothing is known of it.
+        """Return whether such a GPU can run the library; true if nothing is known of the library.
 
-        Code runs on its own and higher minor versions of the same major version, PTX on every newer version (CUDA C++
-        Programming Guide, sections "Binary Compatibility" and "PTX Compatibility").
+        Code runs on its own and higher minor versions of the same major version, PTX on every newer
+        version (CUDA C++ Programming Guide, sections "Binary Compatibility" and "PTX
+        Compatibility").
         """
         if not self.binary and not self.ptx:
             return True
@@ -48,10 +53,10 @@ class Code:
 
 
 def read_code(library: Path) -> Code:
-    """Return which GPUs the shared library has code for; nothing if it holds no fat binaries in the known layout.
+    """Return which GPUs the library has code for; nothing if its layout is not the known one.
 
-    An architecture that fewer than half of the fat binaries have does not count: a library may have a few kernels
-    for features of a single GPU.
+    An architecture that fewer than half of the fat binaries have does not count: a library may have
+    a few kernels for features of a single GPU.
     """
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         binaries = [Counter(set(images)) for images in _fat_binaries(data)]
@@ -87,7 +92,7 @@ def _images(data: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _sections(data: mmap.mmap, name: bytes) -> Iterator[tuple[int, int]]:
-    """Yield offset and size of the sections called `name` in a 64-bit ELF file (System V ABI, chapter 4)."""
+    """Yield offset and size of the sections called `name` in a 64-bit ELF file (System V ABI, 4)."""
     if data[:5] != b"\x7fELF\x02":
         return
     (table,) = struct.unpack_from("<Q", data, 0x28)

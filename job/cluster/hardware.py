@@ -15,7 +15,7 @@ from job import errors, log
 
 _CGROUP = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY = Path("/sys/fs/cgroup/memory.max")
-_CACHED = ("active_file", "inactive_file")  # of memory.stat: pages of files, which the kernel drops when it needs room
+_CACHED = ("active_file", "inactive_file")  # of memory.stat: pages of files, which can be dropped
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,18 @@ class Gpu:
 def gpus(environ: Mapping[str, str], present: Sequence[str] | None = None) -> tuple[str, ...]:
     """What CUDA_VISIBLE_DEVICES would be for each NVIDIA GPU that this process may use; none without a driver.
 
-    `present` are those that there are, by default what the driver lets this process open. Of several MIG slices only
-    the first counts: neither CUDA nor NCCL joins slices of one GPU in one training. Numbers are those of `nvidia-smi`,
-    in the order of the PCI bus; raises `errors.ConfigError` if the user asked for CUDA's other order and they differ.
+    `present` are those that there are, by default what the driver lets this process open. Of
+    several MIG slices only the first counts: neither CUDA nor NCCL joins slices of one GPU in one
+    training. Numbers are those of `nvidia-smi`, in the order of the PCI bus; raises
+    `errors.ConfigError` if the user asked for CUDA's other order and they differ.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     shown = None if visible is None else [each.strip() for each in visible.split(",") if each.strip() not in ("", "-1")]
     if shown == []:
         return ()
     there = _present() if present is None else present
-    if shown and any(each.isdecimal() for each in shown) and environ.get("CUDA_DEVICE_ORDER") == "FASTEST_FIRST":
+    fastest_first = environ.get("CUDA_DEVICE_ORDER") == "FASTEST_FIRST"
+    if fastest_first and shown and any(each.isdecimal() for each in shown):
         _check_order(shown)
     named = [_at(there, each) for each in shown] if shown and there else there
     return tuple(named[:1] if any(device.startswith("MIG-") for device in named) else named)
@@ -63,7 +65,8 @@ def free_memory(limit: Path = _MEMORY) -> int:
     if told == "max":
         return free
     used = int(limit.with_name("memory.current").read_text("ascii"))
-    # a base model that was just downloaded fills the page cache, which counts as used and can be dropped
+    # a base model that was just downloaded fills the page cache, which counts as used and can be
+    # dropped
     stat = limit.with_name("memory.stat")
     lines = stat.read_text("ascii").splitlines() if stat.exists() else []
     cached = sum(int(line.split()[1]) for line in lines if line.split()[0] in _CACHED)
@@ -122,7 +125,7 @@ def free_gpu_memory(gpus: tuple[str, ...]) -> tuple[int, ...] | None:
 
 
 def describe_gpus(gpus: Sequence[str]) -> list[Gpu]:
-    """Return what the driver says of each of these GPUs; those that it does not answer for are left out."""
+    """Return what the driver says of these GPUs; those that it does not answer for are left out."""
     import pynvml
 
     opened, found = _opened(), []
@@ -137,9 +140,10 @@ def describe_gpus(gpus: Sequence[str]) -> list[Gpu]:
 
 
 def driver_version() -> tuple[str, tuple[int, int]] | None:
-    """Return the version of the NVIDIA driver and the newest CUDA version that it runs; None if it does not say.
+    """Return the version of the driver and of the newest CUDA that it runs; None if it does not say.
 
-    Where NVIDIA's forward compatibility package is installed, the CUDA version is that of its newer library.
+    Where NVIDIA's forward compatibility package is installed, the CUDA version is that of its newer
+    library.
     """
     import pynvml
 
@@ -152,7 +156,7 @@ def driver_version() -> tuple[str, tuple[int, int]] | None:
 
 
 def _check_order(shown: Sequence[str]) -> None:
-    """Raise `errors.ConfigError` if the numbers in `shown` may mean other GPUs to CUDA than to the driver.
+    """Raise `errors.ConfigError` if numbers may mean other GPUs to CUDA than to the driver.
 
     CUDA's own order, FASTEST_FIRST, differs from that of the PCI bus only where the GPUs differ.
     """
@@ -161,9 +165,10 @@ def _check_order(shown: Sequence[str]) -> None:
     models = sorted({str(pynvml.nvmlDeviceGetName(handle)) for handle in _opened()})
     if len(models) > 1:
         raise errors.ConfigError(
-            f"CUDA_VISIBLE_DEVICES is {','.join(shown)} and CUDA_DEVICE_ORDER is FASTEST_FIRST, but this machine has "
-            f"different GPUs ({', '.join(models)}), which the driver counts in another order: set CUDA_DEVICE_ORDER to "
-            "PCI_BUS_ID and use the numbers of `nvidia-smi`, or name the GPUs by their UUIDs (`nvidia-smi -L`)"
+            f"CUDA_VISIBLE_DEVICES is {','.join(shown)} and CUDA_DEVICE_ORDER is FASTEST_FIRST, but "
+            f"this machine has different GPUs ({', '.join(models)}), which the driver counts in "
+            "another order: set CUDA_DEVICE_ORDER to PCI_BUS_ID and use the numbers of `nvidia-smi`, "
+            "or name the GPUs by their UUIDs (`nvidia-smi -L`)"
         )
 
 

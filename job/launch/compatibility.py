@@ -1,4 +1,4 @@
-"""Can the installed libraries compute on the GPUs of this machine, as far as their files and the driver tell."""
+"""Can torch and bitsandbytes use the GPUs of this machine, as their files and the driver tell."""
 
 import importlib.metadata
 import importlib.util
@@ -11,12 +11,15 @@ from job.config import Config
 
 Version = tuple[int, int]
 
-_DRIVERS = {12: "525", 13: "580"}  # the oldest for each CUDA version (CUDA Compatibility guide, table 1)
+# The oldest for each major version of CUDA (CUDA Compatibility guide, table 1).
+_DRIVERS = {12: "525 or newer", 13: "580 or newer"}
 _CPU_INSTEAD = "To train on the CPU all the same, set CUDA_VISIBLE_DEVICES to nothing"
 
 
 def check_hardware(settings: Config, gpus: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Raise `errors.ConfigError` if torch or bitsandbytes cannot use one of these GPUs, or the driver is too old.
+    """Raise `errors.ConfigError` if torch or bitsandbytes cannot use one of these GPUs.
+
+    Or if the driver is too old for them.
 
     Imports neither of them, and starts no CUDA. What cannot be found out is no reason to refuse.
     """
@@ -27,13 +30,14 @@ def check_hardware(settings: Config, gpus: Sequence[str], environ: Mapping[str, 
     name = f"torch {importlib.metadata.version('torch')}"
     if cuda is None:
         raise errors.ConfigError(
-            f"this machine has {len(gpus)} GPU(s), but {name} was built for CPUs: install the build of torch for CUDA "
-            f"(`make setup` does it on a machine with a GPU). {_CPU_INSTEAD}"
+            f"this machine has {len(gpus)} GPU(s), but {name} was built for CPUs: install the build "
+            f"of torch for CUDA (`make setup` does it on a machine with a GPU). {_CPU_INSTEAD}"
         )
     _check_driver(cuda, name)
     libraries = {name: torch / "lib" / "libtorch_cuda.so"}
     bitsandbytes = _folder("bitsandbytes")
-    if bitsandbytes and (settings.model.quantization != "none" or settings.train.optimizer != "adamw_torch"):
+    needed = settings.model.quantization != "none" or settings.train.optimizer != "adamw_torch"
+    if bitsandbytes and needed:
         version = importlib.metadata.version("bitsandbytes")
         libraries[f"bitsandbytes {version}"] = _choose_library(bitsandbytes, cuda, environ)
     for library, path in libraries.items():
@@ -42,18 +46,18 @@ def check_hardware(settings: Config, gpus: Sequence[str], environ: Mapping[str, 
 
 
 def _check_driver(needed: Version, torch: str) -> None:
-    """Raise if the driver runs no CUDA of the same major version: with an older minor version code runs all the same.
+    """Raise if the driver runs no CUDA of the same major version.
 
-    CUDA Compatibility guide, "Minor Version Compatibility".
+    With an older minor version code runs all the same: CUDA Compatibility guide, "Minor Version Compatibility".
     """
     told = cluster.driver_version()
     if told is None or told[1][0] >= needed[0]:
         return
     driver, newest = told
-    oldest = f"{_DRIVERS[needed[0]]} or newer" if needed[0] in _DRIVERS else f"one for CUDA {needed[0]}"
+    oldest = _DRIVERS.get(needed[0], f"for CUDA {needed[0]}")
     raise errors.ConfigError(
-        f"the NVIDIA driver {driver} of this machine runs CUDA {newest[0]}.{newest[1]}, but {torch} needs CUDA "
-        f"{needed[0]}.{needed[1]}: install driver {oldest}. {_CPU_INSTEAD}"
+        f"the NVIDIA driver {driver} of this machine runs CUDA {newest[0]}.{newest[1]}, but {torch} "
+        f"needs CUDA {needed[0]}.{needed[1]}: install driver {oldest}. {_CPU_INSTEAD}"
     )
 
 
@@ -62,8 +66,9 @@ def _check_gpus(gpus: Sequence[cluster.Gpu], library: str, code: cluster.Code) -
         if not code.runs_on(gpu.capability):
             major, minor = gpu.capability
             raise errors.ConfigError(
-                f"GPU {gpu.name} has compute capability {major}.{minor}, but {library} was built for {code}: use "
-                "another GPU (CUDA_VISIBLE_DEVICES chooses among those of a machine), or install a build for this one. "
+                f"GPU {gpu.name} has compute capability {major}.{minor}, but {library} was built for "
+                f"{code}: use another GPU (CUDA_VISIBLE_DEVICES chooses among those of a machine), or "
+                "install a build for this one. "
                 f"{_CPU_INSTEAD}"
             )
 
@@ -75,17 +80,17 @@ def _folder(package: str) -> Path | None:
 
 
 def _read_cuda_version(torch: Path) -> Version | None:
-    """Return the CUDA version that torch was built with, from its `version.py`; None of a build for CPUs."""
+    """Return the CUDA version in torch's `version.py`; None of a build for CPUs."""
     text = (torch / "version.py").read_text(encoding="utf-8")
     found = re.search(r"^cuda\b[^=\n]*= *['\"](\d+)\.(\d+)", text, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def _choose_library(bitsandbytes: Path, cuda: Version, environ: Mapping[str, str]) -> Path:
-    """Return the library that bitsandbytes 0.50 loads beside a torch for that CUDA version (its cextension.py).
+    """Return the library that bitsandbytes 0.50 loads beside a torch for that CUDA version.
 
-    Of the same major version: the newest that is not newer, else the oldest. BNB_CUDA_VERSION overrides it. Raises
-    `errors.ConfigError` if there is none.
+    Of the same major version (cextension.py): the newest that is not newer, else the oldest. BNB_CUDA_VERSION
+    overrides it. Raises `errors.ConfigError` if there is none.
     """
     if forced := environ.get("BNB_CUDA_VERSION"):
         return bitsandbytes / f"libbitsandbytes_cuda{forced}.so"
@@ -95,8 +100,8 @@ def _choose_library(bitsandbytes: Path, cuda: Version, environ: Mapping[str, str
     if not same:
         there = ", ".join(f"{major}.{minor}" for major, minor in present) or "no CUDA version"
         raise errors.ConfigError(
-            f"torch was built with CUDA {cuda[0]}.{cuda[1]}, but the installed bitsandbytes has libraries for {there}: "
-            "install versions that belong together, as in constraints.txt"
+            f"torch was built with CUDA {cuda[0]}.{cuda[1]}, but the installed bitsandbytes has "
+            f"libraries for {there}: install versions that belong together, as in constraints.txt"
         )
     older = [version for version in same if version <= cuda]
     major, minor = max(older) if older else min(same)

@@ -1,4 +1,4 @@
-"""What training will take of this machine, known before the model is downloaded: GPUs, host memory and disk."""
+"""What training will take of GPUs, host memory and disk, known before the model is downloaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +20,27 @@ class Plan:
 
 
 def plan(settings: config.Config, base: Path, team: Team, memory: int | None) -> Plan:
-    """Return how `team` will train the model whose config.json is in the folder `base` on GPUs of `memory` bytes.
+    """Return how `team` will train the model whose config.json is in the folder `base`.
 
-    `memory` is that of the smallest GPU. Raises `errors.ConfigError` if GPUs or host memory cannot hold it, and
-    `errors.ModelError` if transformers does not know the model, or lora.targets does not fit it.
+    `memory` is that of the smallest GPU. Raises `errors.ConfigError` if GPUs or host memory cannot
+    hold it, and `errors.ModelError` if transformers does not know the model, or lora.targets does
+    not fit it.
     """
     sizes = footprint.ask(settings, base)
     chosen = strategy.place(settings, sizes, team, memory)
     need = strategy.estimate(settings, sizes)
     check_host_memory(settings, need, chosen, cluster.free_memory())
-    # the newest checkpoint and the one being written or the best one; the adapter as trained and as published
+    # the newest checkpoint and the one being written or the best one; the adapter as trained and as
+    # published
     return Plan(chosen, int(2 * (need.adapter + need.optimizer) + 2 * need.adapter))
 
 
 def check_host_memory(settings: config.Config, need: Need, team: Team, free: int) -> None:
-    """Raise `errors.ConfigError` if what training keeps in host memory does not fit into the `free` bytes.
+    """Raise `errors.ConfigError` if what training keeps in host memory exceeds the `free` bytes.
 
-    That is the copies of the state that are on their way to the store (on the first machine), and with
-    distributed.offload this machine's share of the base. The processes themselves take more besides.
+    That is the copies of the state that are on their way to the store (on the first machine), and
+    with distributed.offload this machine's share of the base. The processes themselves take more
+    besides.
     """
     state = need.adapter + need.optimizer
     copies = checkpoint.most_copies(keep_best=settings.train.keep_best)

@@ -1,4 +1,4 @@
-"""How the processes share the model: chosen by what it needs and what a GPU has, before the model is downloaded."""
+"""How the processes share the model: chosen by what it needs and what a GPU has."""
 
 from dataclasses import dataclass, replace
 
@@ -8,18 +8,28 @@ from job.model.footprint import Footprint, describe_unquantized
 
 _USABLE = 0.95  # of a GPU's memory; the rest goes to what lies between the tensors
 _CONTEXT = 1e9  # bytes that CUDA, cuBLAS and the kernels themselves take on each GPU
-_OPTIMIZER_BYTES = {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+_OPTIMIZER_BYTES = {
+    "adamw_torch": 8,
+    "paged_adamw_32bit": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+}
 _FLOAT = 4  # bytes of a weight of the adapter, and of its gradient
 _WHOLE = ("ddp", "zero1", "zero2")  # have the whole base on each GPU
 
-# Bytes for each token of a micro batch, where numbers have 2 bytes. Fitted to a simulation of one micro batch on fake
-# tensors with TRL's, PEFT's and transformers' own code (table B in tests/shapes.py): 10 models, 256 to 16,384 tokens,
-# with and without quantization, checkpointing and dropout. It was not measured on a GPU.
-_HIDDEN, _WIDE = 28.0, 9.6  # while one layer is computed backward: for each hidden number, and for each inside the MLP
+# Bytes for each token of a micro batch, where numbers have 2 bytes. Fitted to a simulation of one
+# micro batch on fake tensors with TRL's, PEFT's and transformers' own code (table B in
+# tests/shapes.py): 10 models, 256 to 16,384 tokens, with and without quantization, checkpointing
+# and dropout. It was not measured on a GPU.
+_HIDDEN, _WIDE = (
+    28.0,
+    9.6,
+)  # while one layer is computed backward: for each hidden number, and for each inside the MLP
 _HIDDEN_KEPT, _WIDE_KEPT = 25.0, 7.0  # of a layer that is not recomputed, until its backward
 _INPUT = 2.8  # for each input of a layer with an adapter: the copy that dropout makes, and its mask
-_ROUTED = 10.0  # for each hidden number and expert: inputs gathered, outputs scattered, and their gradients; not fitted
-_TILE = 4096 * 32768 * 2  # bytes of logits that TRL's loss holds at once (trl 1.16, kernels/chunked_logprob.py)
+# For each hidden number and expert: inputs gathered, outputs scattered, their gradients; not fitted.
+_ROUTED = 10.0
+_TILE = (4096, 32768)  # tokens and words of which TRL 1.16 has logits at once (chunked_logprob.py)
 
 
 @dataclass(frozen=True)
@@ -43,15 +53,16 @@ class Need:
     """What the peak of a step takes beyond all of these."""
 
     def fixed(self, shares: int) -> float:
-        """Return what is certain to be on each of `shares` GPUs that share the base, whatever the examples."""
+        """Return what is on each of `shares` GPUs that share the base, whatever the examples are."""
         gathered = self.layer + self.ends if shares > 1 else 0.0
         return self.base / shares + self.constants + gathered + self.adapter + self.gradients
 
     def on_each(self, shares: int, processes: int = 1) -> float:
-        """Return all of it for each of `shares` GPUs that share the base, of `processes` that train together."""
+        """Return all of it for each of `shares` GPUs that share the base, of so many `processes`."""
         exchanged = self.gradients if processes > 1 else 0.0  # a flat copy of them, to be averaged
         certain = self.fixed(shares) + self.optimizer + _CONTEXT
-        if shares > 1:  # the next layer is gathered early; gradients are averaged when the activations are gone
+        if shares > 1:
+            # the next layer is gathered early; gradients are averaged when activations are gone
             return certain + self.layer + max(self.activations, exchanged)
         return certain + self.activations + exchanged
 
@@ -59,8 +70,8 @@ class Need:
 def choose(settings: config.Config, footprint: Footprint | None, team: Team, memory: int | None) -> str:
     """Return the strategy for `team`, and log why where the config says auto.
 
-    `memory` is that of the smallest GPU in bytes, None on a CPU. Raises `errors.ConfigError` if the frozen base and the
-    adapter cannot be where the strategy wants them.
+    `memory` is that of the smallest GPU in bytes, None on a CPU. Raises `errors.ConfigError` if the
+    frozen base and the adapter cannot be where the strategy wants them.
     """
     wanted = settings.distributed.strategy
     if memory is None or footprint is None:
@@ -73,9 +84,9 @@ def choose(settings: config.Config, footprint: Footprint | None, team: Team, mem
         chosen = "ddp"
         if need.fixed(1) > memory:
             raise errors.ConfigError(
-                f"the base, which is quantized already ({footprint.scheme}), takes {log.size(need.fixed(1))} with the "
-                f"adapter, and each GPU of {log.size(memory)} needs all of it: use larger GPUs, or the original "
-                "weights and strategy fsdp"
+                f"the base, which is quantized already ({footprint.scheme}), takes "
+                f"{log.size(need.fixed(1))} with the adapter, and each GPU of {log.size(memory)} needs "
+                "all of it: use larger GPUs, or the original weights and strategy fsdp"
             )
     elif wanted == "auto":
         cannot_shard = team.size == 1 or settings.model.quantization == "int8"
@@ -137,9 +148,8 @@ def _refuse(
 ) -> None:
     """Raise `errors.ConfigError` if what is there whatever the examples are has no place."""
     quantization = settings.model.quantization
-    takes = (
-        f"the frozen base and the adapter take about {log.size(need.fixed(1))} with model.quantization {quantization}"
-    )
+    takes = f"the frozen base and the adapter take about {log.size(need.fixed(1))}"
+    takes += f" with model.quantization {quantization}"
     if sum(footprint.unquantized.values()) > footprint.weights / 2:
         takes += f" ({describe_unquantized(footprint.weights, footprint.unquantized)})"
     smaller = "" if quantization in ("nf4", "fp4") else "nf4, "
@@ -166,7 +176,7 @@ def _refuse(
 
 
 def estimate(settings: config.Config, footprint: Footprint) -> Need:
-    """Return what training needs on a GPU: weights to the byte, activations within some hundredths of a simulation."""
+    """Return what training needs on a GPU: weights to the byte, activations as they were simulated."""
     trained = footprint.trained
     return Need(
         base=footprint.base,
@@ -183,9 +193,9 @@ def estimate(settings: config.Config, footprint: Footprint) -> Need:
 def _activations(settings: config.Config, footprint: Footprint, gradients: float) -> float:
     """Return what the peak of a micro batch takes beyond the weights and all gradients.
 
-    With checkpointing each layer keeps its input, which is freed on the way back while gradients come: the peak is
-    near the first layer or near the last. A pair of answers is two conversations; the reference is computed without
-    gradients and adds nothing to the peak.
+    With checkpointing each layer keeps its input, which is freed on the way back while gradients
+    come: the peak is near the first layer or near the last. A pair of answers is two conversations;
+    the reference is computed without gradients and adds nothing to the peak.
     """
     pairs = 2 if settings.train.method == "dpo" else 1
     tokens = pairs * settings.train.micro_batch_size * settings.data.max_length
@@ -196,11 +206,13 @@ def _activations(settings: config.Config, footprint: Footprint, gradients: float
         copies += _INPUT * (1 + dropout)  # PEFT makes a float32 copy there
     hidden, wide, inputs = footprint.hidden, footprint.wide, footprint.inputs
     routed = _ROUTED * footprint.experts * hidden
-    unpacked = min(footprint.unpacked, hidden * wide * footprint.width)  # at the way out of the MLP, where the peak is
+    # the peak is at the way out of the MLP
+    unpacked = min(footprint.unpacked, hidden * wide * footprint.width)
     layer = tokens * scale * (_HIDDEN * hidden + _WIDE * wide + copies * inputs + routed) + unpacked
     inputs_kept = float(tokens * hidden * footprint.width * footprint.layers)
     if not settings.train.gradient_checkpointing:
         each = _HIDDEN_KEPT * hidden + _WIDE_KEPT * wide + copies * inputs + routed
         inputs_kept = tokens * scale * each * (footprint.layers - 1)
-    tile = min(tokens, 4096) * min(footprint.vocabulary, 32768) * 2 + 4 * tokens * hidden * footprint.width
+    tile = 2 * min(tokens, _TILE[0]) * min(footprint.vocabulary, _TILE[1])
+    tile += 4 * tokens * hidden * footprint.width
     return max(layer + max(inputs_kept - gradients, 0.0), inputs_kept + tile - gradients)

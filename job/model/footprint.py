@@ -1,7 +1,7 @@
-"""What a base model and its adapter consist of, counted from its config.json alone: no weight is ever in memory.
+"""What a base model and its adapter consist of, counted from its config.json alone.
 
-Counting imports torch and transformers, which takes seconds and a gigabyte that the job itself does not want: `ask`
-does it in a process of its own.
+Counting imports torch and transformers, which takes seconds and a gigabyte that the job itself does
+not want: `ask` does it in a process of its own.
 """
 
 import dataclasses
@@ -27,16 +27,17 @@ from job.model.measure import main
 main(sys.argv[1])
 """
 _SHOWN = 4  # kinds of weights in a message
+_SMALL = 10**7  # weights that are told one by one
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Sizes of a base model as `model.quantization` holds it, and of the adapter on it. All but counts are in bytes."""
+    """Sizes of a base as `model.quantization` holds it, and of its adapter; bytes, if not counts."""
 
     weights: int
     """How many the base has."""
     unquantized: Mapping[str, int]
-    """How many of them stay in 16 bits (or what compute_dtype says), by the kind of module they belong to."""
+    """How many of them stay in 16 bits (or as compute_dtype says), by their kind of module."""
     scheme: str
     """How the base comes quantized, if it does."""
     blocks: int
@@ -52,7 +53,7 @@ class Footprint:
     trained: int
     """How many weights the adapter has."""
     inputs: float
-    """How many inputs the layers with an adapter have, all those of a decoder layer together, on average."""
+    """Inputs of the layers with an adapter: of all in one decoder layer, on average."""
     layers: int
     hidden: int
     """Width of the hidden states."""
@@ -71,25 +72,29 @@ class Footprint:
 
 
 def describe_unquantized(weights: int, unquantized: Mapping[str, int]) -> str:
-    """Return how many of the `weights` of a quantized model are not quantized, and the largest kinds of them."""
+    """Return how many weights of a quantized model are not quantized, and the largest kinds."""
     largest = sorted(unquantized.items(), key=lambda item: -item[1])[:_SHOWN]
     kinds = ", ".join(f"{kind} {_in_billions(count)}" for kind, count in largest)
-    return f"{_in_billions(sum(unquantized.values()))} of {_in_billions(weights)} weights are not quantized: {kinds}"
+    count = _in_billions(sum(unquantized.values()))
+    return f"{count} of {_in_billions(weights)} weights are not quantized: {kinds}"
 
 
 def ask(settings: Config, folder: Path) -> Footprint:
     """Count in another process what the model would consist of whose config.json is in `folder`.
 
-    If the base comes quantized, `tensors.json` there has the dtype and shape of every tensor in its files. With
-    ``trust_remote_code`` the Python files of the base are there too. Raises `errors.ModelError` if transformers does
-    not know the model, or lora.targets does not fit it, and `errors.JobError` if the process dies.
+    If the base comes quantized, `tensors.json` there has the dtype and shape of every tensor in its
+    files. With ``trust_remote_code`` the Python files of the base are there too. Raises
+    `errors.ModelError` if transformers does not know the model, or lora.targets does not fit it,
+    and `errors.JobError` if the process dies.
     """
     (folder / SETTINGS).write_text(settings.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-c", _PROGRAM, str(folder)]
     # A request to stop is ours to hear: the process is killed when we are interrupted.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # noqa: S603 - our own module
+        process = subprocess.Popen(  # noqa: S603 - our own module
+            command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
@@ -118,4 +123,4 @@ def write(folder: Path, result: Footprint | errors.PermanentError) -> None:
 
 
 def _in_billions(count: int) -> str:
-    return f"{count / 1e9:.2f} billion" if count >= 1e7 else f"{count:,}"  # noqa: PLR2004 - 0.01 billion
+    return f"{count / 1e9:.2f} billion" if count >= _SMALL else f"{count:,}"

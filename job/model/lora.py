@@ -83,7 +83,8 @@ def _tell(wrapped: PeftModel, targets: Sequence[str], bare: Counter[str]) -> Non
 def _tell_unquantized(network: PreTrainedModel) -> None:
     """Log how many weights of a quantized base stay in 16 bits.
 
-    Those of experts do: transformers has all of a layer in one tensor, which bitsandbytes does not quantize.
+    Those of experts do: transformers has all of a layer in one tensor, which bitsandbytes does not
+    quantize.
     """
     packed, plain, seen = 0, Counter[str](), set[int]()
     for name, module in network.named_modules():
@@ -94,7 +95,8 @@ def _tell_unquantized(network: PreTrainedModel) -> None:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 kind = kind_of(name) if leaf == "weight" else f"{kind_of(name)}.{leaf}"
-                plain[kind] += getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, of which it has a part
+                # DeepSpeed's, of which this process may hold a part
+                plain[kind] += getattr(parameter, "ds_numel", parameter.numel())
     if packed:
         message = describe_unquantized(packed + sum(plain.values()), plain)
         log.event("model.unquantized", message, quantized=packed, kinds=dict(plain))
@@ -136,7 +138,10 @@ def in_float32(network: nn.Module) -> None:
 
 
 def find_targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]:
-    """Return the names of the layers that get an adapter; raises `errors.ModelError` if `wanted` does not fit."""
+    """Return the names of the layers that get an adapter.
+
+    Raises `errors.ModelError` if `wanted` does not fit the model.
+    """
     linear, misread = _linear(network)
     inside = [name for name in linear if name.startswith(parts.language(network))]
     if isinstance(wanted, str):

@@ -1,4 +1,4 @@
-"""Sizing a base model and its adapter up without their weights, from the modules that training would make of them."""
+"""Sizing a base and its adapter up without weights, from the modules that training would make."""
 
 import json
 import math
@@ -18,18 +18,32 @@ from job.model import footprint, lora, pieces, weights
 from job.model.footprint import Footprint
 from job.model.prequantized import PACKED, Scheme
 
-# Of bitsandbytes 0.50, functional.py: weights that share a constant, constants that share one of their own when they
-# are quantized too, and the bytes of the tables that both are looked up in.
+# Of bitsandbytes 0.50, functional.py: weights that share a constant, constants that share one of
+# their own when they are quantized too, and the bytes of the tables that both are looked up in.
 _BLOCK, _NESTED_BLOCK, _TABLE, _NESTED_TABLE = 64, 256, 16 * 4, 256 * 4
 _FLOAT = 4  # bytes
 _BYTES = {"I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}  # of the dtypes of safetensors
-_ORDER = "g_idx"  # a number for each input, dropped where it says nothing, and less than a thousandth of a layer
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
-_UNUSABLE = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError)  # what transformers raises
+_ORDER = "g_idx"  # a number for each input: less than a thousandth of a layer, and mostly dropped
+_CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+_UNUSABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    AttributeError,
+    TypeError,
+)  # what transformers raises
 
 
 def main(folder: str) -> None:
-    """Write the footprint of the model that `footprint.ask` describes in `folder`, or why it has none."""
+    """Write the footprint of the model whose config.json is in `folder`, or why it has none."""
     place = Path(folder)
     tree = json.loads((place / footprint.SETTINGS).read_text(encoding="utf-8"))
     try:
@@ -39,7 +53,7 @@ def main(folder: str) -> None:
 
 
 def measure(base: Path, settings: config.Config) -> Footprint:
-    """Return the sizes of the model whose config.json is in `base`, as training on a GPU will hold it.
+    """Return the sizes of the model whose config.json is in `base`, as a GPU will hold it.
 
     Raises `errors.ModelError` if transformers cannot make it, or `lora.targets` does not fit it.
     """
@@ -50,7 +64,7 @@ def measure(base: Path, settings: config.Config) -> Footprint:
         network = pieces.skeleton(described, dtype, trust_remote_code=settings.model.trust_remote_code)
         quantized = frozenset() if scheme else weights.quantized(described, settings.model, dtype)
     except _UNUSABLE as e:
-        raise errors.ModelError(f"model.base: transformers cannot make this model of its config.json: {e}") from e
+        raise errors.ModelError(f"model.base: transformers cannot make a model of this config.json: {e}") from e
     sizes = _measure_modules(network, quantized, settings.model, dtype.itemsize)
     if scheme:
         sizes = _measure_files(base, sizes, scheme, dtype.itemsize)
@@ -89,12 +103,13 @@ class _Sizes:
 def _measure_modules(
     network: PreTrainedModel, quantized: Collection[str], settings: config.Model, width: int
 ) -> _Sizes:
-    """Add up what each module holds: packed weights where bitsandbytes packs them, `width` bytes for each other."""
+    """Add up what each module holds: weights that bitsandbytes packs, `width` bytes for others."""
     sizes, homes = _Sizes(), _find_blocks(network)
+    each = 1 if settings.quantization == "int8" else 0.5
     for name, leaf, parameter in _parameters(network):
         count = parameter.numel()
         packed = name in quantized and leaf == "weight"
-        size = math.ceil(count * (1 if settings.quantization == "int8" else 0.5)) if packed else count * width
+        size = math.ceil(count * each) if packed else count * width
         home = next((block for block in homes if f"{name}.".startswith(f"{block}.")), None)
         sizes.weights += count
         if home is None:
@@ -111,9 +126,10 @@ def _measure_modules(
 
 
 def _measure_files(base: Path, plain: _Sizes, scheme: Scheme, width: int) -> _Sizes:
-    """Return the sizes of a base that comes quantized: its linear layers are as large as in its files.
+    """Return the sizes of a base that comes quantized: linear layers are as large as in its files.
 
-    `plain` are those of the same model unpacked. What the files hold besides is loaded in the compute dtype.
+    `plain` are those of the same model unpacked. What the files hold besides is loaded in the
+    compute dtype.
     """
     tensors: Mapping[str, Any] = json.loads((base / footprint.TENSORS).read_text(encoding="utf-8"))
     sizes = _Sizes(weights=plain.weights, ends=plain.ends)
@@ -146,7 +162,7 @@ def _parameters(network: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def _find_blocks(network: PreTrainedModel) -> list[str]:
-    """Return the names of the modules that FSDP shards one by one, as `train.placement` finds them."""
+    """Return the names of the modules that FSDP shards one by one, as in `train.placement`."""
     classes = network._no_split_modules or ()  # noqa: SLF001 - transformers' own name for them
     return [name for name, module in network.named_modules() if type(module).__name__ in classes]
 
@@ -172,9 +188,10 @@ def _linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def _active_width(text: PretrainedConfig, hidden: int) -> tuple[int, int]:
-    """Return the width inside the MLP that one token passes through, and to how many experts it goes."""
+    """Return the width inside the MLP that a token passes through, and how many experts it is."""
     told = getattr(text, "intermediate_size", None) or 4 * hidden
-    dense = max(told) if isinstance(told, Sequence) else int(told)  # some families have one for each layer
+    # some families have one for each layer
+    dense = max(told) if isinstance(told, Sequence) else int(told)
     experts = next((int(value) for name in _CHOSEN if (value := getattr(text, name, None))), 0)
     if not experts:
         return dense, 0

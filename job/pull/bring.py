@@ -35,15 +35,15 @@ class Survey:
     kind: Kind
 
     def outline(self, folder: Path, *, code: bool) -> None:
-        """Write to `folder` what tells how large the base is, with its Python files if it is trusted with `code`."""
+        """Write to `folder` what tells how large the base is, with its Python files if `code`."""
         kinds.outline(self.found[0], self.kind, folder, code=code)
 
 
 def survey(config: Config, *, trained: bool = False, helps: bool = False) -> Survey:
     """Find everything that the run will read, without reading it.
 
-    The data are not needed any more when the run is `trained`, nor by a machine that `helps` another one. Raises the
-    error that the run would end with later.
+    The data are not needed any more when the run is `trained`, nor by a machine that `helps`
+    another one. Raises the error that the run would end with later.
     """
     sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
     found = [looked.base(config.model.base), *(looked.data(source.url) for source in sources)]
@@ -65,9 +65,10 @@ def preflight(
 ) -> None:
     """Make sure that the disk has room for all that the run puts there, before it is downloaded.
 
-    That is the base, what it is converted to, the merged model (not on a machine that `helps`), and `scratch`:
-    the bytes of checkpoints and adapters. What the run uses of the cache is not evicted until `keep` is closed; what
-    nobody uses is, where room is short, unless this is only a `look`. Raises `errors.DiskFullError` if there is none.
+    That is the base, what it is converted to, the merged model (not on a machine that `helps`), and
+    `scratch`: the bytes of checkpoints and adapters. What the run uses of the cache is not evicted
+    until `keep` is closed; what nobody uses is, where room is short, unless this is only a `look`.
+    Raises `errors.DiskFullError` if there is none.
     """
     found, kind = surveyed.found, surveyed.kind
     places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
@@ -76,7 +77,8 @@ def preflight(
     merges = config.merge.enabled and not helps
     needed = pulled + scratch + _written(found[0], kind, cache, config.merge.dtype, merges=merges)
     compared = 0
-    if merges and config.examine.minutes and config.model.quantization != "none" and not kind.scheme:
+    quantizes = config.model.quantization != "none" and not kind.scheme
+    if merges and config.examine.minutes and quantizes:
         compared = _merged_size(found[0], kind, config.merge.dtype)
     _make_room(cache, needed, compared, config.run.cache_limit, look=look)
     log.event(
@@ -87,7 +89,7 @@ def preflight(
 
 
 def _make_room(cache: paths.Cache, needed: int, compared: int, limit: int | None, *, look: bool) -> None:
-    """Make room for what the run needs, and for the model that the merged one is compared with if that fits too.
+    """Make room for what the run needs, and for the comparison model if that fits too.
 
     The result is whole without the comparison, so a disk that is too small for it is only reported.
     """
@@ -97,8 +99,8 @@ def _make_room(cache: paths.Cache, needed: int, compared: int, limit: int | None
         except errors.DiskFullError as e:
             log.warn(
                 "preflight.compared",
-                f"the disk has no room for the model that the merged one is to be compared with ({log.size(compared)}),"
-                f" so the report will not have its loss: {e}",
+                "the disk has no room for the model that the merged one is to be compared with "
+                f"({log.size(compared)}), so the report will not have its loss: {e}",
                 bytes=compared,
             )
             compared = 0
@@ -152,19 +154,21 @@ def _used(found: Sequence[Found], places: Sequence[Path], cache: paths.Cache, ke
 
 
 def _written(base: Found, kind: Kind, cache: paths.Cache, dtype: str, *, merges: bool) -> int:
-    """Return the bytes that are still to be made of the base: what it is converted to, and the merged model."""
+    """Return the bytes that are still to be made of the base: converted, and merged."""
     converts = kind.converts and not any(map(manifest.sealed, cache.conversions(base.fingerprint)))
     merged = _merged_size(base, kind, dtype) if merges else 0
     names = {path.name.removesuffix(".partial") for path in cache.work("").glob("merged-*") if path.is_dir()}
-    there = sum(storage.on_disk(cache.work(name)) for name in names)  # of a start that was stopped in the merge
+    # of a start that was stopped in the merge
+    there = sum(storage.on_disk(cache.work(name)) for name in names)
     return base.size * converts + max(0, merged - there)
 
 
 def _merged_size(base: Found, kind: Kind, dtype: str) -> int:
-    """Return about how many bytes the base takes with numbers of `dtype`, unpacked if it comes quantized."""
+    """Return about how many bytes the base takes unpacked, with numbers of `dtype`."""
     stored = str(kind.config.get("dtype") or kind.config.get("torch_dtype") or "bfloat16")
-    packed = _PACKED if kind.scheme else 1
-    return base.size * packed * _BYTES.get(dtype, 2) // (2 if kind.scheme else _BYTES.get(stored, 2))
+    if kind.scheme:
+        return base.size * _PACKED * _BYTES[dtype] // 2
+    return base.size * _BYTES[dtype] // _BYTES.get(stored, 2)
 
 
 def _to_pull(found: Sequence[Found], places: Sequence[Path]) -> int:

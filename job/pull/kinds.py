@@ -1,4 +1,4 @@
-"""What kind of model a base is, as its config.json and the headers of its files tell before they are downloaded."""
+"""What kind of model a base is, as its config.json and the headers of its files tell."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class Kind:
     config: Mapping[str, Any]
     """What config.json says, in the layout that the base is trained in."""
     tensors: Mapping[str, tuple[str, list[int]]]
-    """Dtype and shape of each tensor in its files, of one that is quantized already; nothing of others."""
+    """Dtype and shape of each tensor in its files, if it is quantized already."""
 
 
 def kind(found: Found) -> Kind:
@@ -68,7 +68,7 @@ def kind(found: Found) -> Kind:
 
 
 def outline(found: Found, kind: Kind, folder: Path, *, code: bool) -> None:
-    """Write what tells how large the base `found` is to `folder`: config.json, and what `Footprint` needs besides.
+    """Write to `folder` what tells how large the base is: config.json, and dtypes and shapes.
 
     With `code` also the Python files that it comes with.
     """
@@ -101,7 +101,7 @@ def suits(config: Config, kind: Kind, where: str) -> None:
 
 
 def _tensors(found: Found) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of the tensors in the safetensors files of a base, by name, without fetching those."""
+    """Return dtype and shape of the tensors in the safetensors files of a base, from their headers."""
     tensors: dict[str, tuple[str, list[int]]] = {}
     for entry in found.entries:
         if entry.key.endswith(".safetensors"):
