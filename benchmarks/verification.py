@@ -211,9 +211,15 @@ def report(
     return [
         "# What verifying a merged model costs",
         "",
-        f"SmolLM2-135M-Instruct (270 MB), NF4, random LoRA of rank 16; medians of {options.rounds} rounds in turns, one thread.",
-        "`run` merges and verifies with 12 held-out dialogues and answers to "
-        f"{PROMPTS} of them of up to {TOKENS} tokens; `merge` is the command alone, without examples.",
+        (
+            "SmolLM2-135M-Instruct (270 MB), NF4, a random LoRA of rank 16, one thread; "
+            f"{options.rounds} round(s) in turns, medians."
+        ),
+        (
+            "`run` merges and verifies with 12 held-out dialogues and answers to "
+            f"{PROMPTS} of them of up to {TOKENS} tokens; "
+            "`merge` is the command alone, without examples."
+        ),
         "",
         "| | seconds | processor time | memory | without mapped files |",
         "| --- | --- | --- | --- | --- |",
@@ -241,7 +247,8 @@ def describe(seen: Mapping[str, object]) -> str:
     words = [len(str(each[key]).split()) for each in answers for key in ("base", "tuned")]
     shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(losses.items()))
     return (
-        f"logits off by {float(str(seen['off'])):.3%} of an effect of {float(str(seen['effect'])):.2%}; losses {shown}; "
+        f"logits off by {float(str(seen['off'])):.3%} of an effect of "
+        f"{float(str(seen['effect'])):.2%}; losses {shown}; "
         f"{len(words)} answers with {sum(words)} words"
     )
 
