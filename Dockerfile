@@ -1,4 +1,4 @@
-# The job as a container: dependencies first, code last; no compiler, no pip, no root. `make image` builds it.
+# The job as a container: dependencies first, code last; no pip, no root. `make image` builds it.
 #
 # The CUDA libraries come with the pinned torch wheel (CUDA 13.0), the driver comes from the host, so the smallest flavour
 # of NVIDIA's image is enough. A site's own base, or a digest of this one: make image BASE_IMAGE=…; it must be Debian or
@@ -7,13 +7,21 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 # hadolint ignore=DL3006 -- the tag is in the argument
 FROM ${BASE_IMAGE} AS system
-# Versions are those of the base's distribution on the day of the build, with its security fixes; the SBOM lists them.
-# libgomp1 is what bitsandbytes' CPU library links; /cache and /etc/finetune are places for mounts, as nothing can be
-# made later where the root file system is read-only. Group 0 may write, because OpenShift gives any user that group.
+# Versions are those of the base's distribution on the day of the build, with its security fixes; the
+# SBOM lists them. libgomp1 is what bitsandbytes' CPU library links. NCCL opens libibverbs and its
+# providers for InfiniBand and RoCE, and talks over TCP without. gcc and the headers of C and Python
+# are for Triton: on a GPU it compiles its driver module at the first use, and TRL's loss is a Triton
+# kernel. What that never reads of gcc and Python is removed again: the link-time optimizer, the
+# sanitizers, the static libpython. /cache and /etc/finetune are places for mounts, as nothing can be
+# made later where the root file system is read-only. Group 0 may write, because OpenShift gives any
+# user that group.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates libgomp1 python3 \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+    ca-certificates libgomp1 python3 gcc libc6-dev libpython3-dev ibverbs-providers libibverbs1 \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
+ && find /usr/lib /usr/bin \( -name lto1 -o -name '*lto-dump*' -o -name 'lib*san.*' -o -name 'lib*san_*' \
+    -o -name 'libpython*.a' \) -delete \
  && mkdir -p /etc/finetune /opt/job/sbom \
  && install -d -o 10001 -g 0 -m 770 /cache \
  && dpkg-query -W -f '${Package} ${Version} ${Architecture}\n' >/opt/job/sbom/debian.txt
@@ -27,12 +35,15 @@ COPY requirements.txt constraints.txt /build/
 # DeepSpeed comes as source without anything to compile; --use-pep517 makes old pips build it apart, as new ones do.
 # A site with an index of its own gives its pip.conf as a secret, so that no credentials stay in a layer:
 # make image BUILD_OPTIONS='--secret id=pip,src=pip.conf'
+# Packages that a site adds to those that the job needs: BUILD_OPTIONS='--build-arg ADDITIONAL_PACKAGES=name==1.2'
+ARG ADDITIONAL_PACKAGES=
+# hadolint ignore=SC2086 -- several packages are several words
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /opt/job \
  && /opt/job/bin/python -m pip install --no-cache-dir --no-compile --use-pep517 --disable-pip-version-check \
-    -r /build/requirements.txt
-# What no run reads: tests, headers and static libraries (nothing is compiled), bitsandbytes for other CUDA versions than
-# torch's, and pip. Bytecode is made here, as a read-only start could not keep it, and not tied to the times of the files,
+    -r /build/requirements.txt ${ADDITIONAL_PACKAGES}
+# What no run reads: tests, static libraries, the headers of torch and Arrow (those in Triton's package are read),
+# bitsandbytes for other CUDA versions than torch's, and pip. Bytecode is made here, as a read-only start could not keep it, and not tied to the times of the files,
 # which some image formats change.
 RUN site=$(echo /opt/job/lib/python3*/site-packages) \
  && find "$site" -type d -name tests -prune -exec rm -rf {} + \

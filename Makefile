@@ -1,6 +1,6 @@
 # setup  make .venv with everything pinned     check  lint, types, known vulnerabilities
 # smoke  the whole job on a CPU, in minutes    test   the default tests; test-all: the long ones too
-# image  build the container image
+# image  build the container image              gpu-check  ten minutes on one GPU; on a CPU the same code, tiny
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell command -v $
 
 SIDE_BY_SIDE ?= -n 2 --maxschedchunk 1
 
-.PHONY: setup check test test-all smoke image
+.PHONY: setup check test test-all smoke image gpu-check
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -37,6 +37,10 @@ smoke: setup
 	@$(BIN)/python smoke/fetch.py .smoke
 	@$(BIN)/python entrypoint.py run configs/smoke.yaml
 	@TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python smoke/show.py .smoke
+
+# On a machine without network access: PYTHONPATH=SITE python benchmarks/gpu_check.py (see benchmarks/gpu_wheels.sh).
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK_OPTIONS)
 
 # BASE_IMAGE is the base of one's own; BUILD_OPTIONS go to the builder as they are. A revision with changes that are not
 # committed is called dirty, and credentials in git's URL stay there. In the OCI format there is no health check.

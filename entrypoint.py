@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def lead(here: Here, *, restart: bool) -> None:
     config, notice, after = here.machine.config, here.machine.notice, here.machine.after
     cache = here.cache
     store = storage.checked(here.store, paths.PROBE, required=config.run.conditional_writes == "required")
-    pull.preflight(config, cache, after, trained=not restart and publish.trained(store, claim.agree(store, config)))
+    here = ready(here, trained=not restart and publish.trained(store, claim.agree(store, config)))
     owner, attempt = lease.take(store, config.run.lease_seconds, after)
     began = claim.claim(store, config, attempt, owner.confirm, restart=restart)
     if _over(store, cache, config, began, notice):  # by the start that owned it until now
@@ -126,6 +127,29 @@ def lead(here: Here, *, restart: bool) -> None:
     _say_done("done", config, record)
 
 
+def ready(here: Here, *, trained: bool = False, helps: bool = False, look: bool = False) -> Here:
+    """Refuse what cannot be run on this machine before anything large is downloaded; choose the strategy.
+
+    Only where there are GPUs is the model sized up, which takes seconds.
+    """
+    from job import cluster, launch, pull
+
+    config, environ = here.machine.config, here.machine.environ
+    gpus = cluster.gpus(environ)
+    plan = launch.Plan(launch.place(config, None, here.team, None))
+    if not trained:
+        launch.check_hardware(config, gpus, environ)
+    if not trained and not helps:  # a node that helps checks it when it hears that there is training to do
+        launch.check_machine(environ, here.cache.kernels())
+    found = pull.survey(config, trained=trained, helps=helps)
+    if gpus and not trained and not helps:
+        with tempfile.TemporaryDirectory() as folder:
+            found.outline(Path(folder), code=config.model.trust_remote_code)
+            plan = launch.plan(config, Path(folder), here.team, cluster.memory(gpus))
+    pull.preflight(config, here.cache, here.machine.after, found, scratch=plan.scratch, look=look, helps=helps)
+    return dataclasses.replace(here, team=plan.team)
+
+
 def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
     """Train as the first of the machines, from the latest checkpoint on; returns the folder of the result."""
     from job import checkpoint, cluster, launch, paths, publish, pull
@@ -139,9 +163,7 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
 
     data = prepare.dataset(config, base, files, held_out, cache, machine.after)
     log.phase("load")
-    gpus = cluster.gpus(machine.environ)
-    strategy = launch.choose(config, base.path, here.team, cluster.memory(gpus))
-    team = dataclasses.replace(here.team, strategy=strategy)
+    gpus, team = cluster.gpus(machine.environ), here.team
     meeting = machine.after.enter_context(cluster.listen(here=team.nodes == 1)) if team.grouped else None
     if meeting:
         team = dataclasses.replace(team, port=meeting.getsockname()[1])
@@ -159,7 +181,14 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
     name = resumed.name if resumed else None
     peers.tell(start=dataclasses.asdict(start), team=dataclasses.asdict(team), inputs=made_from, resumed=name)
     peers.await_ready()
-    environ = launch.environment(machine.environ, team, gpus, peers.address, deterministic=config.train.deterministic)
+    environ = launch.environment(
+        machine.environ,
+        team,
+        gpus,
+        peers.address,
+        kernel_cache=cache.kernels(),
+        deterministic=config.train.deterministic,
+    )
     with publish.tidied(store, start.attempt, machine.notice):
         launch.training(machine.command, task, environ, machine.notice, meeting)
     return task.out
@@ -191,10 +220,11 @@ def help_out(here: Here) -> None:
     from job import attempts, checkpoint, cluster, convert, inputs, launch, paths, pull
 
     machine, config, store, cache, first = here.machine, here.machine.config, here.store, here.cache, here.peers
-    pull.preflight(config, cache, machine.after, helps=True)
+    ready(here, helps=True)
     log_file = log.to_file(cache.log(), anew=True)
     told = first.hear()
     if "pull" in told:
+        launch.check_machine(machine.environ, cache.kernels())
         log.phase("pull")
         base = convert.native(pull.base(config.model.base, cache), cache, machine.after)
         told = first.hear()
@@ -218,6 +248,7 @@ def help_out(here: Here) -> None:
             team,
             cluster.gpus(machine.environ),
             first.address,
+            kernel_cache=cache.kernels(),
             deterministic=config.train.deterministic,
         )
         log.event(
@@ -234,11 +265,11 @@ def help_out(here: Here) -> None:
 
 def look(machine: cli.Machine, *, restart: bool = False) -> None:
     """See whether the run could begin, and change nothing."""
-    from job import claim, cluster, launch, paths, pull, storage
+    from job import claim, cluster, launch, paths, storage
 
     config = machine.config
     gpus = cluster.gpus(machine.environ)
-    launch.team(config, cluster.discover(machine.environ), len(gpus))
+    team = launch.team(config, cluster.discover(machine.environ), len(gpus))
     if gpus:
         launch.check_environment(config, machine.environ)
     store = storage.connect(config.run.url)
@@ -247,7 +278,7 @@ def look(machine: cli.Machine, *, restart: bool = False) -> None:
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
     cache = cli.cache(config, machine.environ)
     cache.check()
-    pull.preflight(config, cache, machine.after, look=True)
+    ready(Here(machine, store, cache, team, cluster.Alone(), None), look=True)
 
 
 def _over(store: "Store", cache: "Cache", config: "Config", began: int, notice: preemption.Notice) -> bool:
@@ -274,4 +305,5 @@ if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainer would tell the hub of every start
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as the driver and `nvidia-smi` count GPUs
     cli.main(cli.Program(story, look, os.environ, (sys.executable, str(Path(__file__).resolve()))))

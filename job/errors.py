@@ -17,6 +17,8 @@ class JobError(Exception):
     """A failure that may not happen again: the next start may succeed."""
 
     status: int = FAILED
+    fault: str = ""
+    """Which part of the machine failed, if one did: "gpu", "gpu memory" or "host memory"."""
 
 
 class PermanentError(JobError):
@@ -35,6 +37,10 @@ class DataError(PermanentError):
 
 class ModelError(PermanentError):
     """The base model or the adapter is not what the job needs."""
+
+
+class MachineError(PermanentError):
+    """This machine lacks something that the run needs, or has another version of it."""
 
 
 class StoreError(JobError):
@@ -93,6 +99,30 @@ class PeerError(JobError):
 
 class DiskFullError(JobError):
     """The local disk has no room for what the job must keep there; another machine's may."""
+
+
+class GpuError(JobError):
+    """A GPU failed, or what ran on it did: another one may not. Counted, so retries end."""
+
+    fault = "gpu"
+
+
+class GpuMemoryError(PermanentError):
+    """Training needs more memory than its GPU has, and every further start would."""
+
+    fault = "gpu memory"
+
+
+class GpuBusyError(JobError):
+    """A GPU's memory was used up by something that the next start may not find there."""
+
+    fault = "gpu memory"
+
+
+class HostMemoryError(JobError):
+    """The memory of the machine or of its container was used up; another machine may have more."""
+
+    fault = "host memory"
 
 
 class WorkerError(JobError):

@@ -144,6 +144,8 @@ class Outcome:
     time: float  # seconds since 1970, by the clock of its machine
     lost: bool = False
     """Whether it ended only because it lost another process of the team."""
+    fault: str = ""
+    """Which part of the machine failed, as `errors.JobError.fault` names it."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def tell(job: Callable[[Notice], None], given: Task, rank: int, *, debug: bool) 
     error = _run(job)
     status, message = errors.explain(error) if error else (errors.DONE, "done")
     with contextlib.suppress(OSError):  # of a full disk: the job sees our status, and finds the disk full itself
-        given.ended(Outcome(rank, status, message, time.time(), lost=isinstance(error, errors.PeerError)))
+        lost, fault = isinstance(error, errors.PeerError), getattr(error, "fault", "")
+        given.ended(Outcome(rank, status, message, time.time(), lost=lost, fault=fault))
     if error:
         log.detail("worker.end", message, rank=rank, status=status, traceback=_trace(error, debug=debug))
     sys.exit(status)

@@ -115,6 +115,10 @@ class Cache:
         """Tokenized data, shared by all runs that prepare the same files in the same way."""
         return self.root / "prepared" / fingerprint
 
+    def kernels(self) -> Path:
+        """Kernels that Triton compiled; their names contain everything that they depend on."""
+        return self.root / "triton"
+
     def shelves(self) -> list[Path]:
         """Where the directories lie that may be evicted when nobody uses them."""
         return [self.root / name for name in ("models", "data", "prepared", "runs")]

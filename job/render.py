@@ -121,6 +121,8 @@ def _known(components: Sequence[str], folder: Path, machines: Machines) -> None:
             raise errors.ConfigError(f"--with {name}: there are {', '.join(known)}")
     if machines.gpus and "cpu" in components:
         raise errors.ConfigError(f"--with cpu is for no GPU, and --gpus is {machines.gpus}: use --gpus 0 alone")
+    if machines.nodes == 1 and "rdma" in components:
+        raise errors.ConfigError("--with rdma is for several nodes: use it with --nodes 2 or more")
     caches = [name for name in dict.fromkeys(components) if name.startswith("cache-")]
     if len(caches) > 1:
         raise errors.ConfigError(f"--with {' --with '.join(caches)}: a run has one cache, use one of them")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
+from drivers import TRITON
 
 NAME = "localhost/finetune-job:tested"
 BASE = "localhost/finetune-tests/debian:bookworm"
@@ -114,6 +115,7 @@ def build(folder: Path, name: str = NAME, revision: str | None = None) -> Image:
     conf = folder / "containers.conf"
     conf.write_text(CONF)
     options = "--layers --isolation=chroot --network=host --pull=false " + " ".join(_site(folder))
+    options += f" --build-arg=ADDITIONAL_PACKAGES={TRITON}"  # as with the GPU's torch
     with Path(__file__).open() as turn:  # of the workers that run tests side by side
         fcntl.flock(turn, fcntl.LOCK_EX)
         _base()

@@ -10,7 +10,7 @@ from conftest import ROOT
 ROWS = {
     "errors": 0, "log": 0,
     "alive": 1, "preemption": 1, "config": 1, "cluster": 1, "manifest": 1, "goodput": 1, "paths": 1,
-    "inputs": 2, "storage": 2, "model": 2,
+    "failures": 2, "inputs": 2, "storage": 2, "model": 2,
     "card": 3, "checkpoint": 3, "lease": 3, "claim": 3, "attempts": 3, "outcome": 3,
     "pull": 4, "convert": 4, "prepare": 4, "launch": 4, "train": 4, "merge": 4, "examine": 4, "publish": 4,
     "report": 4, "render": 4, "generate": 4, "chat": 4,

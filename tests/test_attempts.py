@@ -41,13 +41,15 @@ def attempt(store: storage.Store, tmp_path: Path, said: Callable[[], str]) -> Ca
         status: int = 1,
         limit: int = 3,
         ends: float | None = None,
+        *,
+        lost: bool = False,
     ) -> None:
         path = tmp_path / f"{number}.jsonl"
         with logged(path):
             attempts.begin(store, path, number, progress, limit, ends)
             log.event("pull.done", "pulled the base")
             if ending:
-                log.error("run.end", ending, status=status)
+                log.error("run.end", ending, status=status, lost=lost)
                 attempts.keep(store, path, paths.attempt(number), lambda: None)
 
     return start
@@ -99,6 +101,16 @@ def test_attempts_that_get_nowhere_end_for_good_with_their_reasons(
     assert told[3].endswith("the disk is full")
     assert "larger run.give_up_after (it is 3)" in told[4]
     assert store.read("attempts/6.jsonl") is None
+
+
+def test_losses_that_nobody_is_to_blame_for_come_to_an_end_too(attempt: Callable[..., None]) -> None:
+    """A scheduler never counts them, so the run does; one that got further in between begins the count anew."""
+    attempt(1, (0, 10), "lost another process", status=75, lost=True)
+    for number in (2, 3, 4):
+        attempt(number, (0, 20), "lost another process", status=75, lost=True)
+
+    with pytest.raises(errors.PermanentError, match="3 attempts in a row made no progress"):
+        attempt(5, (0, 20))
 
 
 def test_progress_begins_the_count_anew(attempt: Callable[..., None]) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints on their way while training goes on."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from job import errors
-from job.checkpoint import Background
+from job.checkpoint import Background, most_copies
 from job.checkpoint.state import State
 
 
@@ -52,24 +53,47 @@ def test_training_does_not_wait(slow: Slow, background: Background, said: Callab
     background.finish()
 
     assert slow.saved == [(1, None), (4, None)]
-    assert "the checkpoint at step 2 was not sent before that at step 3 was due" in said()
+    assert "the checkpoint at step 2 was not sent before the next one was due" in said()
 
 
 def test_memory_is_used_again(slow: Slow, background: Background) -> None:
-    """That of a state which is safe, or was left out for a newer one; never that of one on its way or waiting."""
+    """That of a state which is safe, or waits and would be given up for the next; not that of one on its way."""
     states = [state(step) for step in (1, 2, 3)]
     background.submit(states[0], None)
     assert slow.begun.acquire(timeout=10)
     assert background.spare() is None
     background.submit(states[1], None)
-    assert background.spare() is None
-    background.submit(states[2], None)
+    assert background.spare(best_step=2) is None
     assert background.spare() is states[1]
-    assert background.spare() is None
+    background.submit(states[2], None)
     slow.may.release(9)
     background.finish()
 
+    assert slow.saved == [(1, None), (3, None)]
     assert [background.spare(), background.spare(), background.spare()] == [states[2], states[0], None]
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_memory_is_bounded_and_training_never_waits(slow: Slow, background: Background, keep_best: bool) -> None:  # noqa: FBT001 - pytest's
+    """However slow the store is; the best one and the last one arrive, and uploads that fail change nothing."""
+    slow.failures = [errors.StoreError("the store is away") for _ in range(2)]
+    copies, best = [], None
+    for step in range(1, 40):
+        best = step if keep_best and step in (2, 3, 11, 30) else best
+        spare = background.spare(best)
+        if spare is None:
+            spare = state(0)
+            copies.append(spare)
+        background.submit(dataclasses.replace(spare, step=step), best)  # copied into the same memory
+        if step % 9 == 0:
+            slow.may.release()
+            assert slow.begun.acquire(timeout=10)
+    slow.may.release(99)
+    background.finish()
+
+    assert len({id(copy.adapter) for copy in copies}) == len(copies) <= most_copies(keep_best=keep_best)
+    assert slow.saved[-1][0] == 39
+    assert not keep_best or 30 in [step for step, _ in slow.saved]
 
 
 def test_the_best_one_always_arrives(slow: Slow, background: Background) -> None:

@@ -220,6 +220,15 @@ def test_the_memory_is_what_the_container_may_use(tmp_path: Path) -> None:
         assert cluster.free_memory(tmp_path / "memory.max") == pytest.approx(expected, rel=0.1)
 
 
+def test_pages_of_files_are_no_memory_that_is_used(tmp_path: Path) -> None:
+    """A model that was just downloaded fills the page cache of its container; the kernel drops it when needed."""
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\nactive_file 150\ninactive_file 400\nshmem 50\n")
+
+    assert cluster.free_memory(tmp_path / "memory.max") == 650
+
+
 @pytest.mark.parametrize(("quota", "cores"), [("max 100000", None), ("50000 100000", 1), ("9900000 100000", None)])
 def test_the_cores_are_those_that_the_container_may_use(tmp_path: Path, quota: str, cores: int | None) -> None:
     """Never more than the process is bound to."""

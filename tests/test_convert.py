@@ -344,7 +344,7 @@ def test_a_base_is_converted_once_and_again_when_it_changes(
     ],
 )  # fmt: skip
 def test_relatives_that_are_something_else_are_refused_before_they_are_fetched(
-    told: dict[str, object], why: str, cache: paths.Cache, tmp_path: Path, tiny_run: Callable[..., Path]
+    told: dict[str, object], why: str, tmp_path: Path, tiny_run: Callable[..., Path]
 ) -> None:
     """Their config.json says so; what would come out of them would look like a model."""
     base = tmp_path / "base"
@@ -353,21 +353,21 @@ def test_relatives_that_are_something_else_are_refused_before_they_are_fetched(
     changed = json.loads(path.read_text(encoding="utf-8")) | told
     path.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}), encoding="utf-8")
 
-    with pytest.raises(errors.ModelError, match=why), ExitStack() as keep:
-        pull.preflight(config.read(tiny_run(model={"base": str(base)})), cache, keep)
+    with pytest.raises(errors.ModelError, match=why):
+        pull.survey(config.read(tiny_run(model={"base": str(base)})))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_examples_longer_than_the_context_are_refused_at_once(
-    family: str, cache: paths.Cache, tmp_path: Path, tiny_run: Callable[..., Path]
+    family: str, tmp_path: Path, tiny_run: Callable[..., Path]
 ) -> None:
     """Beyond it Qwen v1 computes something else than Qwen2, and no model was trained there."""
     base = tmp_path / "base"
     FAMILIES[family](base)
     settings = config.read(tiny_run(model={"base": str(base)}, data={"max_length": 257}))
 
-    with pytest.raises(errors.ConfigError, match="max_length 257 is more than the 256 tokens"), ExitStack() as keep:
-        pull.preflight(settings, cache, keep)
+    with pytest.raises(errors.ConfigError, match="max_length 257 is more than the 256 tokens"):
+        pull.survey(settings)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What only a GPU can show: its kernels, its paged memory, and a stopped run that ends in the same bits there too."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from test_elastic import EXACT, LOSS, STEPS, adapter, go, losses
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from job.checkpoint import state
 
@@ -21,22 +23,56 @@ QLORA = {
 }
 
 
-def run(folder: Path, model: Path, strategy: str, stops: Sequence[int]) -> Path:
-    """A run with QLoRA's settings that is stopped after some steps, and goes on."""
+@pytest.fixture(scope="session")
+def long_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a random Llama that takes 4096 tokens, with attention heads as wide as those of real models."""
+    folder = tmp_path_factory.mktemp("models") / "long"
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig.from_pretrained(
+        tiny_model, hidden_size=256, head_dim=64, intermediate_size=512, max_position_embeddings=4096
+    )
+    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def run(
+    folder: Path, model: Path, strategy: str, stops: Sequence[int], *, tokens: int = 0, packing: bool = False
+) -> Path:
+    """Start a run with QLoRA's settings, stop it after some steps, and start it again.
+
+    Its examples have up to `tokens` tokens, half of them a third of that.
+    """
     folder.mkdir()
-    made = tiny_config(folder, model, **QLORA)
+    data: dict[str, object] = {"max_length": tokens, "packing": packing, "leaks": "allow"}
+    made = tiny_config(folder, model, **QLORA, **({"data": data} if tokens else {}))
+    if tokens:
+        for split, count in (("train", 192), ("eval", 16)):
+            records = (
+                {"instruction": f"{number}?", "output": f"{number} " * (tokens // (3 if number % 2 else 1))}
+                for number in range(count)
+            )
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (folder / f"{split}.jsonl").write_text(lines)
     for stop in stops:
         go(made, (1, strategy), stop)
     return made
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("tokens", [512, 2048])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_qlora_ends_in_the_same_bits_however_often_it_was_stopped(
-    strategy: str, tiny_model: Path, tmp_path: Path
+    strategy: str, tokens: int, layout: str, long_model: Path, tmp_path: Path
 ) -> None:
-    """With paged 8-bit AdamW, bfloat16, dropout and gradient checkpointing, on one GPU."""
-    whole = run(tmp_path / "whole", tiny_model, strategy, [STEPS])
-    stopped = run(tmp_path / "stopped", tiny_model, strategy, [7, 13, STEPS])
+    """With paged 8-bit AdamW, bfloat16, dropout and gradient checkpointing, on one GPU.
+
+    The sequences are so long that attention's backward pass splits them among blocks, which add up in any order
+    unless deterministic kernels are used: at 60 tokens there is one block, and nothing to go wrong.
+    """
+    how = {"tokens": tokens, "packing": layout == "packed"}
+    whole = run(tmp_path / "whole", long_model, strategy, [STEPS], **how)
+    stopped = run(tmp_path / "stopped", long_model, strategy, [7, 13, STEPS], **how)
 
     assert losses(whole) == losses(stopped)
     one, other = adapter(whole), adapter(stopped)

@@ -46,6 +46,39 @@ def test_a_combination_is_what_kubernetes_and_jobset_accept(combination: tuple[s
     assert job["spec"]["parallelism"] == job["spec"]["completions"]
 
 
+@pytest.mark.parametrize("components", [("rdma",), ("rdma", "spot", "kueue", "jobset")], ids="+".join)
+def test_rdma_brings_its_devices_and_refuses_to_do_without(components: tuple[str, ...], tmp_path: Path) -> None:
+    """The pod stays restricted: what it may lock is the node's to say. Beside the GPUs, and what finds the nodes."""
+    objects = kube.layered(tmp_path, "overlays/multi-node", components)
+
+    assert [fault for version in (kube.FROM, "1.37") for fault in kube.misfits(objects, version)] == []
+    assert list(kube.unrestricted(kube.pod(objects))) == []
+    assert list(kube.dangling(objects)) == []
+    (container,) = kube.pod(objects)["containers"]
+    limits, requests = (container["resources"][what] for what in ("limits", "requests"))
+    assert limits == requests
+    assert (limits["rdma/rdma_shared_device_a"], limits["nvidia.com/gpu"]) == (1, 8)
+    told = {each["name"]: each.get("value") for each in container["env"]}
+    assert told["NCCL_NET"] == "IB"
+    assert "ibverbs-providers" in (ROOT / "Dockerfile").read_text()  # or NCCL finds no device
+    assert told["PET_NNODES"] == "2"
+
+
+def test_ipc_lock_is_given_to_a_root_that_may_do_nothing_else(tmp_path: Path) -> None:
+    """To another user the kernel gives none in effect; the policies refuse it, which the page says with the remedy."""
+    objects = kube.layered(tmp_path, "overlays/multi-node", ("rdma", "ipc-lock"))
+
+    assert [fault for version in (kube.FROM, "1.37") for fault in kube.misfits(objects, version)] == []
+    assert list(kube.unrestricted(kube.pod(objects))) == [
+        "finetune: runAsNonRoot", "finetune: runAsUser", "finetune: added capabilities",
+    ]  # fmt: skip
+    (container,) = kube.pod(objects)["containers"]
+    assert container["securityContext"]["capabilities"] == {"add": ["IPC_LOCK"], "drop": ["ALL"]}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert "pod-security.kubernetes.io/enforce=privileged" in page
+
+
 @pytest.mark.parametrize("version", kube.VERSIONS)
 @pytest.mark.parametrize("folder", [*OVERLAYS, "overlays/jobset"])
 def test_each_overlay_fits_each_version_of_kubernetes(folder: str, version: str) -> None:

@@ -1,5 +1,6 @@
 """Several machines: one of them leads, all of them train, and none of them is left waiting."""
 
+import json
 import os
 import signal
 import subprocess
@@ -109,6 +110,32 @@ def test_two_machines_do_one_run(nodes: Callable[[], Nodes], tmp_path: Path) -> 
     assert "instruction format" not in made.said(1)
     assert "training as node 1 of 2" in made.said(1)
     assert "done: the results are in" in made.said(1)
+
+
+@pytest.mark.slow
+def test_fsdp_shards_within_each_machine(
+    nodes: Callable[[], Nodes], config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Two processes on each of two machines hold a half of the base each, and learn what two whole copies do."""
+    tree = yaml.safe_load(config.read_text())
+    tree["distributed"] = {"strategy": "fsdp", "processes_per_node": 2}
+    config.write_text(yaml.safe_dump(tree))
+
+    sharded = nodes()
+
+    assert sharded.ended() == [0, 0], sharded.said(0) + sharded.said(1)
+    assert "each node shards a copy of the base over its 2 processes" in sharded.said(0)
+    log = (tmp_path / "run" / "attempts" / "1.jsonl").read_text().splitlines()
+    shared = next(line for line in map(json.loads, log) if line["event"] == "train.shared")
+    assert shared["held"] / shared["whole"] == pytest.approx(1 / 2, rel=0.1)
+    mine, theirs = (read_losses(run) for run in (tmp_path / "run", undisturbed))
+    assert mine.keys() == theirs.keys()
+    assert mine == pytest.approx(theirs, abs=2e-4)  # float32 adds up in another order
+
+
+def read_losses(run: Path) -> dict[tuple[int, str], float]:
+    lines = map(json.loads, (run / "report" / "metrics.jsonl").read_text().splitlines())
+    return {(line["step"], name): line[name] for line in lines for name in line.keys() & {"loss", "eval_loss"}}
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_families import random_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from job import config, errors, inputs, merge
+from job import config, errors, inputs, merge, pull
 from job.launch import strategy
-from job.model import lora, weights
+from job.model import lora, measure, weights
 from job.model.prequantized import PACKED, linear
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
@@ -338,12 +338,16 @@ def test_a_packed_base_is_estimated_at_what_its_files_hold(
     read = config.read(tiny_run(model={"base": str(tmp_path / "base")}))
     team = inputs.Team(processes=2, gpus=True)
 
-    need = strategy.estimate(read, tmp_path / "base")
+    pull.survey(read).outline(tmp_path, code=False)
+    sizes = measure.measure(tmp_path, read)
+    need = strategy.estimate(read, sizes)
 
+    layers = lora.adapted(weights.for_training(tmp_path / "base", read.model), read.lora)
     held = load_file(tmp_path / "base" / "model.safetensors")
     bits = {name: tensor.nbytes for name, tensor in held.items() if name.endswith((".qweight", ".qzeros", ".scales"))}
     rest = sum(tensor.nbytes for name, tensor in held.items() if "norm" in name or "embed" in name or "lm_head" in name)
     assert need.base + need.constants == pytest.approx(sum(bits.values()) + rest, rel=0.05)
-    assert strategy.choose(read, tmp_path / "base", team, 10**12) == "ddp"
+    assert sizes.trained == sum(held.numel() for held in layers.parameters() if held.requires_grad)
+    assert strategy.choose(read, sizes, team, 10**12) == "ddp"
     with pytest.raises(errors.ConfigError, match=r"the base, which is quantized already .*, takes .* larger GPUs"):
-        strategy.choose(read, tmp_path / "base", team, 10**4)
+        strategy.choose(read, sizes, team, 10**4)

@@ -1,7 +1,9 @@
 """Several training processes on one machine, and how the job ends when one of them does."""
 
 import dataclasses
+import itertools
 import os
+import platform
 import signal
 import sys
 import threading
@@ -14,8 +16,8 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from job import config, errors, inputs, launch, preemption
-from job.launch import processes
+from job import cluster, config, errors, inputs, launch, preemption
+from job.launch import processes, verdict, words
 
 WORKER = """
 import os, pathlib, signal, sys, time
@@ -49,7 +51,9 @@ def task(tiny_run: Callable[..., Path], tmp_path: Path) -> inputs.Task:
 def train(code: str, task: inputs.Task, notice: preemption.Notice | None = None) -> None:
     """Launch two processes that do `code`; they know their `rank` and can `tell` how they end."""
     program = [sys.executable, "-c", WORKER.format(root=str(ROOT)) + code]
-    environ = launch.environment(os.environ, task.team, (), None)
+    kernels = task.scratch / "kernels"
+    gpus = ("6", "7") if task.team.gpus else ()
+    environ = launch.environment(os.environ, task.team, gpus, None, kernel_cache=kernels, deterministic=True)
     launch.training(program, task, environ, notice or preemption.Notice())
 
 
@@ -128,6 +132,132 @@ def test_a_process_that_is_killed_is_named(task: inputs.Task) -> None:
         train(code, task)
 
     assert caught.value.status == 1
+
+
+ABORTED = """
+here("up")
+if rank:
+    os.write(2, b"[rank1]:[E409 ProcessGroupNCCL.cpp:2068] [Rank 1] Process group watchdog thread terminated with "
+                b"exception: {}\\nframe #0: c10::Error::Error\\n")
+    os.abort()
+time.sleep(60)
+"""
+ECC = "CUDA error: uncorrectable ECC error encountered"
+NO_PEER = "NCCL error: remote process exited or there was a network error, NCCL version 2.28.9"
+
+
+def with_gpus(task: inputs.Task) -> inputs.Task:
+    return dataclasses.replace(task, team=dataclasses.replace(task.team, gpus=True))
+
+
+def test_a_gpu_that_fails_is_a_failure_of_its_own_also_among_several_machines(
+    task: inputs.Task, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """NCCL's watchdog aborts it as if it had lost another; nobody would count it. The user still sees the words."""
+    with pytest.raises(errors.WorkerError) as caught:
+        train(ABORTED.format(ECC), with_gpus(with_another_machine(task)))
+
+    assert caught.value.status == 1
+    assert str(caught.value).startswith(
+        f"rank 1 of 4 on {platform.node()} (GPU 7): {ECC}. The GPU or its link is broken: take the node out of service"
+    )
+    assert ECC in capfd.readouterr().err
+    assert gone(task.base / "up-0")
+
+
+def test_a_process_that_torch_aborts_for_the_loss_of_another_did_not_fail(
+    task: inputs.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the other machine's turn to say why."""
+    monkeypatch.setattr(verdict, "_REASON_SECONDS", 0.1)
+
+    with pytest.raises(errors.PeerError, match="rank 1 was aborted by torch, which lost another process"):
+        train(ABORTED.format(NO_PEER), with_another_machine(task))
+
+
+def test_a_process_that_aborts_for_another_reason_is_counted(task: inputs.Task) -> None:
+    """Such as a library that wrote where it must not."""
+    with pytest.raises(errors.WorkerError, match=r"^rank 1 of 4: training was killed by SIGABRT$") as caught:
+        train(
+            "here('up'); rank and os.write(2, b'free(): invalid pointer') and os.abort(); time.sleep(60)",
+            with_another_machine(task),
+        )
+
+    assert caught.value.status == 1
+
+
+def test_bitsandbytes_ends_the_process_itself_when_memory_is_short(task: inputs.Task) -> None:
+    """By exit(1) from C++, in the exact words of its library; that is as permanent as what torch says of it."""
+    code = """
+if rank:
+    libc = ctypes.CDLL(None)
+    stderr = ctypes.c_void_p.in_dll(libc, "stderr")
+    libc.fprintf(stderr, b"Error %s at line %d in file %s\\n", b"out of memory", 559, b"/src/csrc/pythonInterface.cpp")
+    libc.exit(1)
+time.sleep(60)
+"""
+
+    with pytest.raises(
+        errors.WorkerError, match=r"memory is too small: bitsandbytes: out of memory\. Change"
+    ) as caught:
+        train("import ctypes" + code, with_gpus(task))
+
+    assert caught.value.status == 64
+
+
+def test_a_gpu_that_others_use_too_may_have_room_later(task: inputs.Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in use when training is gone is somebody else's: that is said, and the next start may succeed."""
+    asked_for: list[str] = []
+    monkeypatch.setattr(cluster, "memory_in_use", lambda gpu: asked_for.append(gpu) or 11_000_000_000)
+    code = "rank and task.ended(inputs.Outcome(rank, 64, 'too small', time.time(), fault='gpu memory')); time.sleep(1)"
+
+    with pytest.raises(
+        errors.WorkerError, match=r"^rank 1 of 2 on .* \(GPU 7\): too small\. .* use 11\.0 GB"
+    ) as caught:
+        train(code, with_gpus(task))
+
+    assert caught.value.status == 1
+    assert asked_for == ["7"]
+
+
+def test_what_the_kernel_killed_for_want_of_memory_is_told_from_other_kills(
+    task: inputs.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The container's own count of them grew."""
+    kills = itertools.chain([3, 3], itertools.repeat(4))
+    monkeypatch.setattr(cluster, "oom_kills", lambda: next(kills))
+    monkeypatch.setattr(cluster, "memory_limit", lambda: 8 * 2**30)
+
+    with pytest.raises(errors.WorkerError, match=r"^rank 1 of 2: the kernel killed it, .* may have 8\.0 GiB") as caught:
+        train("rank and os.kill(os.getpid(), 9); time.sleep(60)", task)
+
+    assert caught.value.status == 1
+
+
+def test_the_last_words_are_passed_on_whole_and_kept_in_part(capfd: pytest.CaptureFixture[str]) -> None:
+    """What a library writes without end does not fill the memory of the job."""
+    reading, writing = os.pipe()
+    kept = words.LastWords(os.fdopen(reading, "rb"))
+    with os.fdopen(writing, "wb") as pipe:
+        for number in range(30_000):
+            pipe.write(b"%07d\n" % number)
+
+    end = kept.text()
+
+    assert end.endswith("0029999\n")
+    assert len(end) == 1 << 16
+    assert capfd.readouterr().err.splitlines() == [f"{number:07d}" for number in range(30_000)]
+
+
+def test_a_process_left_behind_does_not_hold_up_the_end(task: inputs.Task) -> None:
+    """It has inherited the pipe, which so stays open."""
+    begun = time.monotonic()
+    code = "import subprocess\nif rank:\n    subprocess.Popen(['sleep', '30'])\n    os.abort()\ntime.sleep(60)"
+
+    with pytest.raises(errors.WorkerError, match="SIGABRT"):
+        train(code, task)
+
+    assert time.monotonic() - begun < 20
 
 
 def test_the_killed_one_is_the_reason_and_not_what_the_others_say_of_it(task: inputs.Task) -> None:

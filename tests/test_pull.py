@@ -48,13 +48,13 @@ def cache(tmp_path: Path) -> paths.Cache:
     ],
 )  # fmt: skip
 def test_an_unusable_base_is_refused_before_anything_is_read(
-    spoil: Callable[[Path], object], told: str, base: Path, settings: config.Config, cache: paths.Cache
+    spoil: Callable[[Path], object], told: str, base: Path, settings: config.Config
 ) -> None:
     """No weights, weights of another kind, half an upload, no tokenizer, no config, nothing."""
     spoil(base)
 
-    with pytest.raises(errors.PermanentError) as caught, ExitStack() as keep:
-        pull.preflight(settings, cache, keep)
+    with pytest.raises(errors.PermanentError) as caught:
+        pull.survey(settings)
 
     assert told in str(caught.value)
     assert base.as_uri() in str(caught.value)
@@ -73,7 +73,7 @@ def test_an_unusable_base_is_refused_before_anything_is_read(
     ],
 )
 def test_examples_are_no_longer_than_the_models_context(
-    told: dict[str, object], longest: int, base: Path, tiny_run: Callable[..., Path], cache: paths.Cache
+    told: dict[str, object], longest: int, base: Path, tiny_run: Callable[..., Path]
 ) -> None:
     """Stretched or not; beyond it a model has not been trained, and some have no positions."""
     path = base / "config.json"
@@ -83,8 +83,7 @@ def test_examples_are_no_longer_than_the_models_context(
     path.write_text(json.dumps(described | told), encoding="utf-8")
 
     def look(length: int) -> None:
-        with ExitStack() as keep:
-            pull.preflight(config.read(tiny_run(model={"base": str(base)}, data={"max_length": length})), cache, keep)
+        pull.survey(config.read(tiny_run(model={"base": str(base)}, data={"max_length": length})))
 
     look(longest)
     with pytest.raises(errors.ConfigError, match=f"max_length {longest + 1} is more than the {longest} tokens"):
@@ -118,14 +117,14 @@ def test_a_star_stands_for_a_part_of_names(cache: paths.Cache, tmp_path: Path) -
     ],
 )
 def test_data_that_are_not_there_are_named(
-    data: list[str], told: str, base: Path, tiny_run: Callable[..., Path], cache: paths.Cache, tmp_path: Path
+    data: list[str], told: str, base: Path, tiny_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A missing file, an empty folder, a file of an unknown kind."""
     (base / "config.txt").write_text("x")
     settings = config.read(tiny_run(model={"base": str(base)}, data={"train": [f"{tmp_path}/{d}" for d in data]}))
 
-    with pytest.raises(errors.PermanentError, match=told), ExitStack() as keep:
-        pull.preflight(settings, cache, keep)
+    with pytest.raises(errors.PermanentError, match=told):
+        pull.survey(settings)
 
 
 def test_a_disk_that_is_too_small_is_said_at_once(
@@ -136,7 +135,7 @@ def test_a_disk_that_is_too_small_is_said_at_once(
 
     needed = r"5.2 MB are free, the run needs 1.1 GB.*set run.cache"
     with pytest.raises(errors.DiskFullError, match=needed), ExitStack() as keep:
-        pull.preflight(settings, cache, keep)
+        pull.preflight(settings, cache, keep, pull.survey(settings))
 
 
 def test_local_files_are_used_where_they_lie(settings: config.Config, base: Path, cache: paths.Cache) -> None:
@@ -292,3 +291,69 @@ def test_an_artefact_that_is_damaged_where_it_lies_is_made_again(cache: paths.Ca
         pull.artefact(store, paths.ADAPTER, cache, lambda: None)
 
     assert storage.sealed(store, paths.ADAPTER) is None
+
+
+@pytest.fixture
+def looked(
+    s3: S3, bucket: str, base: Path, tiny_run: Callable[..., Path], cache: paths.Cache, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Look whether a disk is large enough for a base that is in a bucket: so many times as large, and as the spare."""
+    s3.upload(base, bucket, "base")
+
+    def look(bases: int, less: int = 0, **sections: dict[str, object]) -> None:
+        model = {"base": f"s3://{bucket}/base", **sections.pop("model", {})}
+        read = config.read(tiny_run(**{"examine": {"minutes": 1}, **sections, "model": model}))
+        surveyed, scratch = pull.survey(read), 5000
+        free = bases * surveyed.found[0].size + scratch + (1 << 30) - less
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+        with ExitStack() as keep:
+            pull.preflight(read, cache, keep, surveyed, scratch=scratch, look=True)
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("sections", "bases"),
+    [
+        ({"examine": {"minutes": 0}}, 2),
+        ({"model": {"quantization": "none"}}, 2),
+        ({"merge": {"enabled": False}}, 1),
+        ({"merge": {"dtype": "float32"}, "examine": {"minutes": 0}}, 3),
+    ],
+)
+def test_the_disk_holds_the_base_the_merged_model_and_checkpoints(
+    sections: dict[str, dict[str, object]], bases: int, looked: Callable[..., None], said: Callable[[], str]
+) -> None:
+    """All are there at the end of a run."""
+    looked(bases, **sections)
+    assert "no room for the model" not in said()
+    with pytest.raises(errors.DiskFullError):
+        looked(bases, less=1, **sections)
+
+
+def test_the_disk_holds_the_comparison_model_if_it_can(looked: Callable[..., None], said: Callable[[], str]) -> None:
+    """The result is whole without it, so that it is missing is said before the download, and no reason to refuse."""
+    looked(3)
+    assert "no room for the model" not in said()
+    looked(3, less=1)
+    assert "the disk has no room for the model that the merged one is to be compared with" in said()
+    with pytest.raises(errors.DiskFullError):
+        looked(2, less=1)
+
+
+def test_what_a_killed_merge_left_is_not_needed_again(
+    settings: config.Config, cache: paths.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start finds its shards on the disk that they fill."""
+    surveyed = pull.survey(settings)
+    partial = cache.work("merged-1f.partial")
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"x" * surveyed.found[0].size)
+    free = (1 << 30) + 10
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+
+    with ExitStack() as keep:
+        pull.preflight(settings, cache, keep, surveyed, look=True)
+    (partial / "model.safetensors").unlink()
+    with pytest.raises(errors.DiskFullError), ExitStack() as keep:
+        pull.preflight(settings, cache, keep, surveyed, look=True)

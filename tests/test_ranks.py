@@ -1,6 +1,7 @@
 """Processes that train together when one of them dies, stands still or is slow: what the job does, and what it says."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -63,10 +64,12 @@ def job(tiny_run: Callable[..., Path], tmp_path: Path) -> Iterator[Job]:
 
 
 @contextmanager
-def started(config: Path, log: Path) -> Iterator[Job]:
+def started(config: Path, log: Path, **delay: object) -> Iterator[Job]:
+    """A job that runs; `delay` is for tests/moments."""
+    more = {"DELAY": json.dumps(delay), "PYTHONPATH": str(ROOT / "tests" / "moments")} if delay else {}
     with log.open("w") as stderr:
         line = [str(part) for part in command("run", config)]
-        process = psutil.Popen(line, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = psutil.Popen(line, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1", **more})
     made = Job(process, log)
     try:
         yield made
@@ -145,6 +148,69 @@ def test_a_process_that_is_slow_is_named_once(job: Job) -> None:
     assert job.status() == 75
     named = re.findall(r"rank (\d) takes [\d.]+ times as long as the others", job.said())
     assert all(one != other for one, other in itertools.pairwise(named))
+
+
+MANY = {  # eight micro batches of a second make a step longer than the time limit of six
+    "train": {"max_steps": 2, "eval_every": 2, "log_every": 1, "global_batch_size": 16, "micro_batch_size": 1},
+    "distributed": {"processes_per_node": 2, "timeout_minutes": 0.1},
+    "data": {"eval": []},
+    "merge": {"enabled": False},
+}
+MICRO_BATCH = {"module": "job.train.trainer", "function": "Trainer.compute_loss"}
+
+
+@pytest.mark.slow
+def test_a_step_of_many_micro_batches_is_no_process_that_stands_still(
+    tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """However long it takes, as long as each of them takes less than the time limit."""
+    slow = {**MICRO_BATCH, "seconds": 1.0, "call": 0, "rank": -1}
+    with started(tiny_run(**MANY), tmp_path / "log", **slow) as job:
+        job.until("step 1/2")
+        begun = time.monotonic()
+        job.until("step 2/2")
+
+        assert time.monotonic() - begun > 8
+        assert job.status() == 0, job.said()
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_in_a_micro_batch_is_found_in_time(
+    tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The other one waits in the same micro batch: neither is taken for dead while it looks for whom it waits."""
+    stuck = {**MICRO_BATCH, "seconds": 600.0, "call": 11, "rank": 1}
+    with started(tiny_run(**MANY), tmp_path / "log", **stuck) as job:
+        job.until("step 1/2")
+        begun = time.monotonic()
+
+        assert job.status() == 1
+        assert time.monotonic() - begun < 6 + 20  # what it takes to look who waits, and to end the others
+        assert re.search(r"none of the 2 processes has moved for \d+ s at step 2, micro batch 3", job.said()), (
+            job.said()
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slow_process_is_named_although_sharing_makes_the_others_wait_for_it(
+    rank: int, tiny_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Under FSDP each layer's weights are gathered before it, where a fast process waits for a slow one.
+
+    Only the first layer is slow: the whole forward pass takes both processes the same time.
+    """
+    config = tiny_run(**STEPS | {"distributed": {"processes_per_node": 2, "strategy": "fsdp"}})
+    slow = {
+        "module": "transformers.models.llama.modeling_llama", "function": "LlamaAttention.forward",
+        "having": {"layer_idx": 0}, "seconds": 0.4, "call": 0, "rank": rank,
+    }  # fmt: skip
+    with started(config, tmp_path / "log", **slow) as job:
+        job.until("times as long as the others")
+        job.process.terminate()
+
+        assert job.status() == 75
+        assert set(re.findall(r"rank (\d) takes", job.said())) == {str(rank)}
 
 
 AVERAGE = """

@@ -152,6 +152,7 @@ WRONG = {
     "component": (("k8s", "--image", "x", "--with", "spots"), "there are cache-ephemeral"),
     "cpu": (("k8s", "--image", "x", "--with", "cpu"), "use --gpus 0 alone"),
     "caches": (("k8s", "--image", "x", "--with", "cache-pvc", "--with", "cache-nvme"), "a run has one cache"),
+    "rdma": (("k8s", "--image", "x", "--with", "rdma"), "--with rdma is for several nodes"),
     "pvc": (("k8s", "--image", "x", "--nodes", "2", "--with", "cache-pvc"), "a disk of one node"),
     "no image": (("k8s",), "Missing option '--image'"),
 }

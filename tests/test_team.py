@@ -1,14 +1,16 @@
 """How many processes train, how they share the model, and what their environment tells the libraries."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import shapes
 from conftest import ROOT
 
 from job import cluster, config, errors, inputs, launch
+from job.model import measure
+from job.model.footprint import Footprint
 
 GIB = 2**30
 ZERO = {"distributed": {"strategy": "zero2"}, "train": {"optimizer": "adamw_torch"}}
@@ -58,61 +60,101 @@ def test_what_cannot_work_together_is_refused_with_the_alternative(
         config.read(tiny_run(**wanted))
 
 
+KERNELS = Path("/cache/finetune-job/triton")
+
+
+def environment_of(
+    environ: dict[str, str],
+    team: inputs.Team,
+    gpus: tuple[str, ...],
+    address: str | None = None,
+    *,
+    deterministic: bool = True,
+) -> dict[str, str]:
+    return launch.environment(
+        environ,
+        team,
+        gpus,
+        address,
+        kernel_cache=KERNELS,
+        deterministic=deterministic,
+    )
+
+
 def test_the_environment_of_those_that_train_is_ours(tmp_path: Path) -> None:
     """Nothing of another launcher, as many threads as cores for each, and the GPUs that were given."""
     environ = {"HOME": str(tmp_path), "RANK": "5", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x", "GROUP_ID": "mine"}
 
-    made = launch.environment(environ, inputs.Team(processes=2), ("4", "5", "6"), None)
+    made = environment_of(environ, inputs.Team(processes=2), ("4", "5", "6"))
 
     assert made["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert made["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # or CUDA would count the fastest first
     assert made["OMP_NUM_THREADS"] == str(max(1, cluster.cpus() // 2))
     assert made["GROUP_ID"] == "mine"
+    assert made["TRITON_CACHE_DIR"] == str(KERNELS)  # one for all of them
     assert not made.keys() & {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
 
 
 def test_what_the_user_has_set_is_left_alone() -> None:
     """Who knows his cluster better than we do."""
-    own = {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "ib0", "PYTORCH_ALLOC_CONF": "backend:native"}
+    own = {
+        "OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "eth",
+        "PYTORCH_ALLOC_CONF": "backend:native", "TRITON_CACHE_DIR": "/kernels",
+    }  # fmt: skip
 
-    assert own.items() <= launch.environment(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1").items()
+    assert own.items() <= environment_of(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1").items()
     older = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}  # torch would prefer ours under the new name
-    assert "PYTORCH_ALLOC_CONF" not in launch.environment(older, inputs.Team(), ("0",), None)
+    assert "PYTORCH_ALLOC_CONF" not in environment_of(older, inputs.Team(), ("0",))
 
 
-def test_gloo_is_told_the_interface_that_the_others_reach() -> None:
-    """The host's own name often means the loopback, where nobody else is."""
-    assert launch.environment({}, inputs.Team(nodes=2), (), "127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
-
-
-MODELS = {  # hidden size, width of the MLP, layers, words, width of keys and values
-    "8B (Llama 3.1)": (4096, 14336, 32, 128256, 1024),
-    "14B (Qwen2.5)": (5120, 13824, 48, 152064, 1024),
-    "32B (Qwen2.5)": (5120, 27648, 64, 152064, 1024),
-    "70B (Llama 3.1)": (8192, 28672, 80, 128256, 1024),
+CUDA_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+    "NCCL_NVLS_ENABLE": "0",
 }
 
 
-def headers(model: str, base: Path) -> Path:
-    """The headers of a model; the weights themselves are not there."""
-    hidden, wide, layers, words, keys = MODELS[model]
-    shapes = {"model.embed_tokens.weight": [words, hidden], "lm_head.weight": [words, hidden]}
-    for layer in range(layers):
-        shapes[f"model.layers.{layer}.self_attn.q_proj.weight"] = [hidden, hidden]
-        shapes[f"model.layers.{layer}.self_attn.k_proj.weight"] = [keys, hidden]
-        shapes[f"model.layers.{layer}.self_attn.v_proj.weight"] = [keys, hidden]
-        shapes[f"model.layers.{layer}.self_attn.o_proj.weight"] = [hidden, hidden]
-        for name in ("gate", "up", "down"):
-            shapes[f"model.layers.{layer}.mlp.{name}_proj.weight"] = [wide, hidden]
-    header = json.dumps({name: {"dtype": "BF16", "shape": shape} for name, shape in shapes.items()}).encode()
-    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    told = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": wide, "vocab_size": words}
-    (base / "config.json").write_text(json.dumps(told))
-    return base
+def test_cuda_starts_deterministic_unless_the_config_says_otherwise() -> None:
+    """The libraries read these when they start: later is too late. Without a GPU there is nothing to set."""
+    team = inputs.Team(processes=2)
+
+    assert CUDA_DETERMINISTIC.items() <= environment_of({}, team, ("0", "1")).items()
+    assert not CUDA_DETERMINISTIC.keys() & environment_of({}, team, ("0", "1"), deterministic=False).keys()
+    assert not CUDA_DETERMINISTIC.keys() & environment_of({}, team, ()).keys()
+    assert environment_of({"NCCL_NVLS_ENABLE": "1"}, team, ("0", "1"))["NCCL_NVLS_ENABLE"] == "1"
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return headers("8B (Llama 3.1)", tmp_path)
+def test_a_workspace_with_which_results_vary_is_refused(tiny_run: Callable[..., Path]) -> None:
+    """In the first second: torch would refuse it at the first product of matrices, after loading the model."""
+    settings = config.read(tiny_run())
+    launch.check_environment(settings, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+
+    with pytest.raises(errors.ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG is :0:0.*:4096:8 or :16:8"):
+        launch.check_environment(settings, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
+    free = config.read(tiny_run(train={"deterministic": False}))
+    launch.check_environment(free, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
+
+
+def test_gloo_and_nccl_are_told_the_interface_that_the_others_reach() -> None:
+    """The host's own name often means the loopback; NCCL takes a bare name for a prefix: lo would fit lo1 as well."""
+    several = environment_of({}, inputs.Team(nodes=2), (), "127.0.0.1")
+
+    assert several["GLOO_SOCKET_IFNAME"] == "lo"
+    assert several["NCCL_SOCKET_IFNAME"] == "=lo"
+    alone = environment_of({}, inputs.Team(processes=2), ("0", "1"))  # NCCL finds its way on one machine
+    assert not alone.keys() & {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
+
+
+MODELS = {
+    "8B (Llama 3.1)": "Llama-3.1-8B-Instruct", "14B (Qwen2.5)": "Qwen2.5-14B-Instruct",
+    "32B (Qwen2.5)": "Qwen2.5-32B-Instruct", "70B (Llama 3.1)": "Llama-3.1-70B-Instruct",
+    "30B mixture (Qwen3-30B-A3B)": "Qwen3-30B-A3B",
+}  # fmt: skip
+
+
+def sizes(settings: config.Config, folder: Path, model: str = "8B (Llama 3.1)") -> Footprint:
+    """What the model consists of, by its config.json; no weights are there."""
+    return measure.measure(shapes.outline(MODELS[model], folder), settings)
 
 
 @pytest.mark.parametrize(
@@ -123,43 +165,48 @@ def base(tmp_path: Path) -> Path:
     ],
 )  # fmt: skip
 def test_the_strategy_follows_from_what_the_model_needs(
-    quantization: str, processes: int, gib: int | None, strategy: str, base: Path, tiny_run: Callable[..., Path]
+    quantization: str, processes: int, gib: int | None, strategy: str, tmp_path: Path, tiny_run: Callable[..., Path]
 ) -> None:
     """A copy on each GPU where it fits, for it is fastest; else the frozen base is shared out."""
     settings = config.read(tiny_run(model={"quantization": quantization}, train={"micro_batch_size": 1}))
     team = inputs.Team(processes=processes, strategy="auto")
 
-    assert launch.choose(settings, base, team, gib and gib * GIB) == strategy
+    assert launch.choose(settings, sizes(settings, tmp_path), team, gib and gib * GIB) == strategy
 
 
 @pytest.mark.parametrize(
     ("more", "processes", "gib", "told"),
     [
-        ({"model": {"quantization": "none"}}, 2, 6, r"16\.1 GB .* 2 GPUs of 6\.4 GB cannot hold it together"),
-        ({"model": {"quantization": "none"}}, 1, 12, r"16\.1 GB .* ddp has all of it on each GPU of 12\.9 GB: use nf4"),
+        ({"model": {"quantization": "none"}}, 2, 6, r"16\.4 GB .* 2 GPUs of 6\.4 GB cannot hold it .* needs 11\.\d GB"),
+        ({"model": {"quantization": "none"}}, 1, 12, r"16\.4 GB .* ddp has all of it on each GPU of 12\.9 GB: use nf4"),
         ({"distributed": {"strategy": "ddp"}}, 4, 5, "ddp has all of it on each GPU"),
         (
             {"distributed": {"strategy": "zero3"}, "train": {"optimizer": "adamw_torch"}}, 4, 5,
-            "zero3 shares quantized weights out only when all of them are on each GPU",
+            "zero3 shards quantized weights only when all of them are on each GPU",
         ),
         ({"distributed": {"strategy": "fsdp"}, "lora": {"dora": True}}, 4, 5, r"lora\.dora needs all of it"),
     ],
 )  # fmt: skip
 def test_a_base_that_has_no_place_is_refused(
-    more: dict[str, dict[str, object]], processes: int, gib: int, told: str, base: Path, tiny_run: Callable[..., Path]
+    more: dict[str, dict[str, object]],
+    processes: int,
+    gib: int,
+    told: str,
+    tmp_path: Path,
+    tiny_run: Callable[..., Path],
 ) -> None:
     """With what it takes, what there is, and what to do."""
     settings = config.read(tiny_run(**more))
 
     with pytest.raises(errors.ConfigError, match=told):
-        launch.choose(settings, base, inputs.Team(processes=processes), gib * GIB)
+        launch.choose(settings, sizes(settings, tmp_path), inputs.Team(processes=processes), gib * GIB)
 
 
-def test_what_the_user_chose_is_done(base: Path, tiny_run: Callable[..., Path]) -> None:
+def test_what_the_user_chose_is_done(tmp_path: Path, tiny_run: Callable[..., Path]) -> None:
     """Although a copy on each GPU would be faster."""
     settings = config.read(tiny_run(distributed={"strategy": "fsdp"}))
 
-    assert launch.choose(settings, base, inputs.Team(processes=2), 80 * GIB) == "fsdp"
+    assert launch.choose(settings, sizes(settings, tmp_path), inputs.Team(processes=2), 80 * GIB) == "fsdp"
 
 
 def test_the_table_in_the_docs_is_what_the_job_does(tmp_path: Path, said: Callable[[], str]) -> None:
@@ -176,11 +223,12 @@ def test_the_table_in_the_docs_is_what_the_job_does(tmp_path: Path, said: Callab
             "run": {"name": "table", "url": "file:///run"}, "data": {"train": ["file:///train.jsonl"]},
             "model": {"base": "file:///base", "quantization": quantization}, "train": {"micro_batch_size": 1},
         }  # fmt: skip
-        settings, base = config.check(tree, config.Places("the table", {})), headers(name, tmp_path)
+        settings = config.check(tree, config.Places("the table", {}))
+        footprint = sizes(settings, tmp_path, name)
         for (gpus, gib), cell in zip(columns, cells, strict=True):
             before = said().count("may be too much")
             try:
-                made = launch.choose(settings, base, inputs.Team(processes=gpus, strategy="auto"), gib * GIB)
+                made = launch.choose(settings, footprint, inputs.Team(processes=gpus, strategy="auto"), gib * GIB)
             except errors.ConfigError:
                 made = "-"
             made += ", tight" if said().count("may be too much") > before else ""

@@ -3,8 +3,8 @@
 `job.checkpoint.state`, which needs torch, is imported by who trains.
 """
 
-from job.checkpoint.background import Background
+from job.checkpoint.background import Background, most_copies
 from job.checkpoint.cadence import Cost, interval
 from job.checkpoint.kept import Checkpoints, Found
 
-__all__ = ["Background", "Checkpoints", "Cost", "Found", "interval"]
+__all__ = ["Background", "Checkpoints", "Cost", "Found", "interval", "most_copies"]

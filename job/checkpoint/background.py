@@ -16,12 +16,17 @@ _LOOK_SECONDS = 0.2  # how soon a waiting main thread hears a signal
 _PASSING = (errors.StoreError, errors.ConflictError, errors.ChangedError)  # a late write of our own may be in the way
 
 
+def most_copies(*, keep_best: bool) -> int:
+    """Return how many states `Background` has in host memory at most."""
+    return 3 if keep_best else 2
+
+
 class Background:
     """Saves states in a thread of its own, one after another; the memory of one that is done with is in `spare`.
 
-    Four of them are in memory at most: one on its way, two that wait (the newest and the best), and a new one. Where
-    the network is slower than the cadence, a newer state takes the place of one that still waits; the last and the
-    best one always arrive.
+    Three of them are in memory at most: one that is being uploaded, the best one if it still waits, and the newest.
+    Training never waits: where the network is slower than the cadence, the next state is copied into the memory of
+    the newest one that still waits, which is given up. The last and the best one always arrive.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -40,12 +45,7 @@ class Background:
         with self._changed:
             for dropped, _ in (waiting for waiting in self._waiting if waiting[0].step != best_step):
                 self._done.append(dropped)
-                log.warn(
-                    "checkpoint.slow",
-                    f"the checkpoint at step {dropped.step} was not sent before that at step {state.step} was due: "
-                    "checkpoints take longer than the time between them",
-                    step=dropped.step,
-                )
+                self._tell_given_up(dropped.step)
             self._waiting = [
                 *(waiting for waiting in self._waiting if waiting[0].step == best_step),
                 (state, best_step),
@@ -56,10 +56,21 @@ class Background:
         """Whether a state is on its way, or waits for its turn."""
         return self._busy or bool(self._waiting)
 
-    def spare(self) -> "State | None":
-        """A state that nobody needs any more, to be overwritten; None if there is none."""
+    def spare(self, best_step: int | None = None) -> "State | None":
+        """Return a state to be overwritten by the next one that is submitted; None if there is none.
+
+        That is one that is done with, or else one that waits and is not the best so far, of `best_step`: it would be
+        given up anyway when the next one is submitted, and memory stays bounded.
+        """
         with self._changed:
-            return self._done.pop() if self._done else None
+            if self._done:
+                return self._done.pop()
+            for place, (waiting, _) in enumerate(self._waiting):
+                if waiting.step != best_step:
+                    del self._waiting[place]
+                    self._tell_given_up(waiting.step)
+                    return waiting
+            return None
 
     def expected(self) -> float:
         """Seconds until a state that is submitted now will be safe; 0 if none has been saved yet."""
@@ -87,6 +98,15 @@ class Background:
                     return
                 self._changed.wait(_LOOK_SECONDS)
         self.check()
+
+    @staticmethod
+    def _tell_given_up(step: int) -> None:
+        log.warn(
+            "checkpoint.slow",
+            f"the checkpoint at step {step} was not sent before the next one was due: checkpoints take longer than the "
+            "time between them",
+            step=step,
+        )
 
     def _work(self) -> None:
         while True:

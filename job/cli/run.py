@@ -1,6 +1,7 @@
 """The commands that do the run, or a part of it: `run`, `validate`, and `worker`, which `run` calls itself."""
 
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,15 +66,23 @@ def validate(
 @click.argument("task", type=click.Path(path_type=Path))
 @click.option("--parent", type=int, required=True)
 @click.option("--listening", type=int)
+@click.option("--terminal", type=int)
 @in_json
 @debugging
 @click.pass_obj
 def worker(
-    program: Program, task: Path, parent: int, listening: int | None, as_json: bool, debug: bool  # noqa: FBT001 - click's flags
+    program: Program, task: Path, parent: int, listening: int | None, terminal: int | None,
+    as_json: bool, debug: bool,  # noqa: FBT001 - click's flags
 ) -> None:  # fmt: skip
-    """Train, as one of the processes that `run` started; rank 0 is given the socket at which the others find it."""
+    """Train, as one of the processes that `run` started; rank 0 is given the meeting socket.
+
+    `terminal` is the open file that is the stderr of the job; our own is a pipe on which the
+    libraries are listened to.
+    """
     from job import inputs, launch, outcome
 
+    if terminal is not None:
+        sys.stderr = os.fdopen(terminal, "w", buffering=1, errors="backslashreplace")
     rank = int(program.environ.get("RANK", "0"))
     told = inputs.Task.from_json(task.read_text(encoding="utf-8"))
     if rank == 0:

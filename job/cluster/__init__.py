@@ -1,18 +1,35 @@
 """Where am I: which machine of how many, with which hardware; and in touch with the others."""
 
+from job.cluster.cgroup import memory_limit, oom_kills
+from job.cluster.fatbin import Code, read_code
 from job.cluster.first import First
-from job.cluster.hardware import cpus, free_gpu_memory, free_memory, gpus, interface, memory
+from job.cluster.hardware import (
+    Gpu,
+    cpus,
+    describe_gpus,
+    driver_version,
+    free_gpu_memory,
+    free_memory,
+    gpus,
+    interface,
+    memory,
+    memory_in_use,
+)
 from job.cluster.line import Asked, Lost, listen
 from job.cluster.node import Node, discover
 from job.cluster.peers import Alone, Other
 
 __all__ = [
     "Alone",
+    "Code",
     "First",
+    "Gpu",
     "Node",
     "Other",
     "cpus",
+    "describe_gpus",
     "discover",
+    "driver_version",
     "free_gpu_memory",
     "free_memory",
     "gpus",
@@ -20,6 +37,10 @@ __all__ = [
     "join",
     "listen",
     "memory",
+    "memory_in_use",
+    "memory_limit",
+    "oom_kills",
+    "read_code",
 ]
 
 

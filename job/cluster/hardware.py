@@ -5,6 +5,7 @@ import math
 import os
 import resource
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,33 @@ from job import errors, log
 
 _CGROUP = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY = Path("/sys/fs/cgroup/memory.max")
+_CACHED = ("active_file", "inactive_file")  # of memory.stat: pages of files, which the kernel drops when it needs room
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, as the driver describes it."""
+
+    name: str
+    """For messages: its number or UUID, and its model."""
+    capability: tuple[int, int]
+    """The compute capability, such as (8, 6)."""
 
 
 def gpus(environ: Mapping[str, str], present: Sequence[str] | None = None) -> tuple[str, ...]:
     """What CUDA_VISIBLE_DEVICES would be for each NVIDIA GPU that this process may use; none without a driver.
 
     `present` are those that there are, by default what the driver lets this process open. Of several MIG slices only
-    the first counts: neither CUDA nor NCCL joins slices of one GPU in one training.
+    the first counts: neither CUDA nor NCCL joins slices of one GPU in one training. Numbers are those of `nvidia-smi`,
+    in the order of the PCI bus; raises `errors.ConfigError` if the user asked for CUDA's other order and they differ.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     shown = None if visible is None else [each.strip() for each in visible.split(",") if each.strip() not in ("", "-1")]
     if shown == []:
         return ()
     there = _present() if present is None else present
+    if shown and any(each.isdecimal() for each in shown) and environ.get("CUDA_DEVICE_ORDER") == "FASTEST_FIRST":
+        _check_order(shown)
     named = [_at(there, each) for each in shown] if shown and there else there
     return tuple(named[:1] if any(device.startswith("MIG-") for device in named) else named)
 
@@ -47,7 +62,12 @@ def free_memory(limit: Path = _MEMORY) -> int:
     told = limit.read_text("ascii").strip() if limit.exists() else "max"
     if told == "max":
         return free
-    return max(0, min(free, int(told) - int(limit.with_name("memory.current").read_text("ascii"))))
+    used = int(limit.with_name("memory.current").read_text("ascii"))
+    # a base model that was just downloaded fills the page cache, which counts as used and can be dropped
+    stat = limit.with_name("memory.stat")
+    lines = stat.read_text("ascii").splitlines() if stat.exists() else []
+    cached = sum(int(line.split()[1]) for line in lines if line.split()[0] in _CACHED)
+    return max(0, min(free, int(told) - max(0, used - cached)))
 
 
 def memory(gpus: tuple[str, ...]) -> int | None:
@@ -58,11 +78,7 @@ def memory(gpus: tuple[str, ...]) -> int | None:
 
     opened = _opened()
     try:
-        handles = [
-            opened[int(gpu)] if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(_whole(gpu, opened))
-            for gpu in gpus
-        ]
-        return min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
+        return min(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)).total) for gpu in gpus)
     except (pynvml.NVMLError, IndexError) as e:
         log.warn(
             "cluster.memory",
@@ -70,6 +86,18 @@ def memory(gpus: tuple[str, ...]) -> int | None:
             "for large enough",
         )
         return None
+
+
+def memory_in_use(gpu: str) -> int:
+    """Return the bytes of this GPU's memory that processes use; 0 if the driver does not say."""
+    import pynvml
+
+    try:
+        handle = _handle(gpu, _opened())
+        # version 2 leaves out what the driver keeps for itself, half a gigabyte on a large GPU
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
+    except (pynvml.NVMLError, IndexError):
+        return 0
 
 
 def free_gpu_memory(gpus: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -91,6 +119,52 @@ def free_gpu_memory(gpus: tuple[str, ...]) -> tuple[int, ...] | None:
             "verify the result",
         )
         return None
+
+
+def describe_gpus(gpus: Sequence[str]) -> list[Gpu]:
+    """Return what the driver says of each of these GPUs; those that it does not answer for are left out."""
+    import pynvml
+
+    opened, found = _opened(), []
+    for gpu in gpus:
+        with contextlib.suppress(pynvml.NVMLError, IndexError):
+            handle = _handle(gpu, opened)
+            if gpu.startswith("MIG-"):  # a slice has the capability of the card that it is cut from
+                handle = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            found.append(Gpu(f"{gpu} ({pynvml.nvmlDeviceGetName(handle)})", (int(major), int(minor))))
+    return found
+
+
+def driver_version() -> tuple[str, tuple[int, int]] | None:
+    """Return the version of the NVIDIA driver and the newest CUDA version that it runs; None if it does not say.
+
+    Where NVIDIA's forward compatibility package is installed, the CUDA version is that of its newer library.
+    """
+    import pynvml
+
+    _opened()
+    try:
+        cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        return str(pynvml.nvmlSystemGetDriverVersion()), (cuda // 1000, cuda % 1000 // 10)
+    except pynvml.NVMLError:
+        return None
+
+
+def _check_order(shown: Sequence[str]) -> None:
+    """Raise `errors.ConfigError` if the numbers in `shown` may mean other GPUs to CUDA than to the driver.
+
+    CUDA's own order, FASTEST_FIRST, differs from that of the PCI bus only where the GPUs differ.
+    """
+    import pynvml
+
+    models = sorted({str(pynvml.nvmlDeviceGetName(handle)) for handle in _opened()})
+    if len(models) > 1:
+        raise errors.ConfigError(
+            f"CUDA_VISIBLE_DEVICES is {','.join(shown)} and CUDA_DEVICE_ORDER is FASTEST_FIRST, but this machine has "
+            f"different GPUs ({', '.join(models)}), which the driver counts in another order: set CUDA_DEVICE_ORDER to "
+            "PCI_BUS_ID and use the numbers of `nvidia-smi`, or name the GPUs by their UUIDs (`nvidia-smi -L`)"
+        )
 
 
 def _handle(gpu: str, opened: Sequence[Any]) -> Any:  # noqa: ANN401 - NVML's

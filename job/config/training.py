@@ -108,7 +108,7 @@ class Distributed(Section):
     offload: bool = False
     """Keep what is shared out in host memory (fsdp, zero2, zero3): slower, for models that do not fit otherwise."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
-    """How long a process may wait for the others before the attempt ends; longer than the longest step."""
+    """How long a micro batch, or the wait for others in it, may take before the attempt ends."""
 
     @model_validator(mode="after")
     def _something_to_offload(self) -> Self:

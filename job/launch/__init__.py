@@ -3,17 +3,25 @@
 What the processes make is in ``task.out``; how each of them ended is in ``task.outcomes()``.
 """
 
+from job.launch.compatibility import check_hardware
+from job.launch.kernels import check_machine
+from job.launch.planning import Plan, plan
 from job.launch.processes import die_with, digests, over, task, training
-from job.launch.strategy import choose
+from job.launch.strategy import choose, place
 from job.launch.team import check_environment, environment, team
 
 __all__ = [
+    "Plan",
     "check_environment",
+    "check_hardware",
+    "check_machine",
     "choose",
     "die_with",
     "digests",
     "environment",
     "over",
+    "place",
+    "plan",
     "task",
     "team",
     "training",

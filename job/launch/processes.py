@@ -1,6 +1,7 @@
 """Start training as processes of its own and see them to their end, whatever ends them."""
 
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -12,16 +13,18 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from job import config, errors, log, manifest, paths, preemption
+from job import cluster, config, errors, log, manifest, paths, preemption
 from job.config import Config
-from job.inputs import AFTER_A_LOSS, Base, Outcome, Prepared, Start, Task, Team
+from job.inputs import AFTER_A_LOSS, Base, Prepared, Start, Task, Team
+from job.launch import verdict
+from job.launch.words import LastWords
 from job.preemption import Notice
 
 _POLL_SECONDS = 0.2
 _KILL_SECONDS = 20.0  # after that a process that was killed hangs in the kernel, mostly in a driver
 _LATER_SECONDS = 1.0  # than the processes themselves give up
-_REASON_SECONDS = 30.0  # longer than another machine needs to say why it ends, or is silent before it is taken for dead
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_STDERR = 2
 
 
 def digests(settings: Config, start: Start, base: Base, data: Prepared) -> dict[str, str]:
@@ -66,7 +69,7 @@ def training(
     told.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(given.to_json(), encoding="utf-8")
     with notice.deferred():
-        running: dict[int, subprocess.Popen[bytes]] = {}
+        running: dict[int, _Worker] = {}
         try:
             for local in range(given.team.processes):
                 running[given.team.rank(local)] = _start(
@@ -80,25 +83,21 @@ def training(
         failure = notice.take()
         if isinstance(failure, errors.FencedError):
             raise failure
-        if _failed(given):  # ours count more than those of other machines, or that the job was asked to stop
-            _judge(given)
+        if verdict.find_failed(given):  # more than other machines' failures, or a request to stop
+            verdict.judge(given, environ)
         if failure and not _done(given):
             raise failure
-    _judge(given)
+    verdict.judge(given, environ)
 
 
-def _judge(given: Task) -> None:
-    """Raise what the processes on this machine ended with, if they did not end well."""
-    team, outcomes = given.team, given.outcomes()
-    if failed := _failed(given):
-        raise errors.WorkerError(_told(failed[0], team), failed[0].status)
-    if lost := [outcome for outcome in outcomes if outcome.lost]:
-        if team.nodes == 1:
-            raise errors.WorkerError(lost[0].why, errors.FAILED)
-        time.sleep(_REASON_SECONDS)  # interrupted by the reason, if another machine tells it
-        raise errors.PeerError(f"{lost[0].why}. Start again on all nodes to go on")
-    if any(outcome.status == errors.AGAIN for outcome in outcomes):
-        raise errors.Preempted("training was stopped; start the same command again to go on")
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """A process that trains; `words` are what its libraries say on stderr."""
+
+    process: "subprocess.Popen[bytes]"
+    words: LastWords
+    kills: int
+    """How many processes of this container the kernel had killed for memory when it began."""
 
 
 def die_with(parent: int) -> None:
@@ -115,8 +114,12 @@ def _start(
     local: int,
     meeting: socket.socket | None,
     told: Path,
-) -> "subprocess.Popen[bytes]":
-    """One process of the team, told its place as torchrun would."""
+) -> _Worker:
+    """One process of the team, told its place as torchrun would.
+
+    Its Python writes to the stderr of the job, its libraries to a pipe that ends there: a bar needs
+    a terminal, and the job needs to know what a library said before it aborted the process.
+    """
     team, more, opened = given.team, {}, []
     if team.grouped:
         place = {
@@ -128,10 +131,21 @@ def _start(
     if meeting and team.rank(local) == 0:
         opened = [meeting.fileno()]
     listening = ["--listening", str(opened[0])] if opened else []
-    return subprocess.Popen([*command, *listening, str(told)], env={**environ, **more}, pass_fds=opened)  # noqa: S603 - our own command line
+    terminal, kills = os.dup(_STDERR), cluster.oom_kills()
+    try:
+        process = subprocess.Popen(  # noqa: S603 - our own command line
+            [*command, *listening, "--terminal", str(terminal), str(told)],
+            env={**environ, **more},
+            pass_fds=[*opened, terminal],
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        os.close(terminal)
+    assert process.stderr
+    return _Worker(process, LastWords(process.stderr), kills)
 
 
-def _see_to_the_end(running: Mapping[int, "subprocess.Popen[bytes]"], given: Task, notice: Notice) -> None:
+def _see_to_the_end(running: Mapping[int, _Worker], given: Task, notice: Notice) -> None:
     """Wait until all have ended, or one is lost and the others, which wait for it in vain, had some time.
 
     Not longer than the cluster does, and not at all when another attempt owns the run.
@@ -162,24 +176,28 @@ def _see_to_the_end(running: Mapping[int, "subprocess.Popen[bytes]"], given: Tas
 
 
 def _alive(
-    running: Mapping[int, "subprocess.Popen[bytes]"], given: Task, looked: float, notice: Notice
+    running: Mapping[int, _Worker], given: Task, looked: float, notice: Notice
 ) -> "list[subprocess.Popen[bytes]]":
     """Those that still run. Of one that does not its end is kept, as of when it was `looked` at last.
 
     So it comes before the ends that it caused.
     """
-    alive = [process for process in running.values() if process.poll() is None]
-    for rank, process in running.items():
-        if process.returncode is not None:
-            given.ended(_silent(rank, process.returncode, looked, given.team, asked=notice.reason is not None))
+    alive = [worker.process for worker in running.values() if worker.process.poll() is None]
+    known = {outcome.rank for outcome in given.outcomes()}
+    for rank, worker in running.items():
+        status = worker.process.returncode
+        if status is not None and rank not in known:
+            end = verdict.Silent(rank, status, looked, worker.words.text())
+            asked, short = notice.reason is not None, cluster.oom_kills() > worker.kills
+            given.ended(verdict.describe_silent(given, end, asked=asked, short=short))
     return alive
 
 
-def _end(running: Mapping[int, "subprocess.Popen[bytes]"]) -> None:
-    for process in running.values():
-        process.kill()
+def _end(running: Mapping[int, _Worker]) -> None:
+    for worker in running.values():
+        worker.process.kill()
     until = time.monotonic() + _KILL_SECONDS
-    for rank, process in running.items():
+    for rank, process in ((rank, worker.process) for rank, worker in running.items()):
         try:
             process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -189,41 +207,14 @@ def _end(running: Mapping[int, "subprocess.Popen[bytes]"]) -> None:
 def _over(given: Task) -> bool:
     """Whether those that still run have nothing left to do: one was lost, or all have said how they end."""
     outcomes = given.outcomes()
-    return len(outcomes) == given.team.processes or bool(_failed(given)) or any(outcome.lost for outcome in outcomes)
+    return (
+        len(outcomes) == given.team.processes
+        or bool(verdict.find_failed(given))
+        or any(outcome.lost for outcome in outcomes)
+    )
 
 
 def _done(given: Task) -> bool:
     """Whether all processes on this machine have done what there was to do."""
     outcomes = given.outcomes()
     return len(outcomes) == given.team.processes and all(outcome.status == errors.DONE for outcome in outcomes)
-
-
-def _failed(given: Task) -> list[Outcome]:
-    return [outcome for outcome in given.outcomes() if outcome.status not in (errors.DONE, errors.AGAIN)]
-
-
-def _silent(rank: int, status: int, time: float, team: Team, *, asked: bool) -> Outcome:
-    """The end of a process that said nothing. NCCL aborts one whose connection to another process is lost."""
-    if asked and -status in (*preemption.SIGNALS, preemption.STOP):  # before it could hear it
-        return Outcome(rank, errors.AGAIN, _killed(status), time)
-    if status == -signal.SIGABRT and team.size > 1:
-        return Outcome(
-            rank, errors.AGAIN, f"rank {rank} was aborted by torch, which lost another process", time, lost=True
-        )
-    return Outcome(rank, errors.FAILED, _killed(status), time)
-
-
-def _killed(status: int) -> str:
-    """What to tell of a process that ended with `status` and without a word."""
-    if status >= 0:
-        return f"training ended with status {status} and said nothing"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:  # one of the real-time signals
-        name = f"signal {-status}"
-    why = "; the kernel kills so when memory runs out" if name == "SIGKILL" else ""
-    return f"training was killed by {name}{why}"
-
-
-def _told(failed: Outcome, team: Team) -> str:
-    return failed.why if team.size == 1 else f"rank {failed.rank} of {team.size}: {failed.why}"

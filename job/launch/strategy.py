@@ -1,27 +1,25 @@
-"""How the processes share the model: chosen by what it needs and what a GPU has, both known before it is loaded."""
+"""How the processes share the model: chosen by what it needs and what a GPU has, before the model is downloaded."""
 
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from job import config, errors, log
 from job.inputs import Team
-from job.model import prequantized
+from job.model.footprint import Footprint, describe_unquantized
 
-_USABLE = 0.9  # of a GPU's memory; the rest goes to CUDA itself and to what lies between the tensors
-_BITS = {"nf4": (4.0, 0.5), "fp4": (4.0, 0.5), "int8": (8.0, 0.1), "none": (16.0, 0.0)}
-# of each weight of a linear layer, and of the constants that it is unpacked with; the latter with double quantization:
-_DOUBLE_QUANT_BITS = 0.127  # QLoRA, arXiv 2305.14314, section 3
+_USABLE = 0.95  # of a GPU's memory; the rest goes to what lies between the tensors
+_CONTEXT = 1e9  # bytes that CUDA, cuBLAS and the kernels themselves take on each GPU
 _OPTIMIZER_BYTES = {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-_TRAINED_BYTES = 8  # a weight of the adapter and its gradient, in float32
-_HALF = 2  # bytes of a number in bfloat16 or float16
-_AT_ONCE = 12  # tensors of the size of a layer's widest activation that are in memory while it is computed
-_ENDS = ("embed", "lm_head", "wte", "wpe")
-
-
+_FLOAT = 4  # bytes of a weight of the adapter, and of its gradient
 _WHOLE = ("ddp", "zero1", "zero2")  # have the whole base on each GPU
+
+# Bytes for each token of a micro batch, where numbers have 2 bytes. Fitted to a simulation of one micro batch on fake
+# tensors with TRL's, PEFT's and transformers' own code (table B in tests/shapes.py): 10 models, 256 to 16,384 tokens,
+# with and without quantization, checkpointing and dropout. It was not measured on a GPU.
+_HIDDEN, _WIDE = 28.0, 9.6  # while one layer is computed backward: for each hidden number, and for each inside the MLP
+_HIDDEN_KEPT, _WIDE_KEPT = 25.0, 7.0  # of a layer that is not recomputed, until its backward
+_INPUT = 2.8  # for each input of a layer with an adapter: the copy that dropout makes, and its mask
+_ROUTED = 10.0  # for each hidden number and expert: inputs gathered, outputs scattered, and their gradients; not fitted
+_TILE = 4096 * 32768 * 2  # bytes of logits that TRL's loss holds at once (trl 1.16, kernels/chunked_logprob.py)
 
 
 @dataclass(frozen=True)
@@ -29,43 +27,59 @@ class Need:
     """Estimated bytes of what lies on a GPU."""
 
     base: float
-    """The frozen base, which can be shared out."""
+    """The frozen base, which can be sharded."""
     constants: float
     """What quantized weights are unpacked with; every GPU has all of them."""
     layer: float
-    """One layer of the base: two are whole at a time where it is shared out."""
+    """One layer of the base: two are gathered at a time where it is sharded."""
     ends: float
-    """Its embeddings and its head, which are whole then while a step is computed."""
+    """Its embeddings and its head, which are gathered then while a step is computed."""
     adapter: float
-    """What is trained, with gradients and optimizer."""
+    """The adapter, in float32."""
+    gradients: float
+    """Of the adapter."""
+    optimizer: float
     activations: float
+    """What the peak of a step takes beyond all of these."""
 
-    def on_each(self, shares: int) -> float:
-        """All of it for each of `shares` GPUs that share the base."""
-        gathered = 2 * self.layer + self.ends if shares > 1 else 0.0
-        return self.base / shares + self.constants + gathered + self.adapter + self.activations
+    def fixed(self, shares: int) -> float:
+        """Return what is certain to be on each of `shares` GPUs that share the base, whatever the examples."""
+        gathered = self.layer + self.ends if shares > 1 else 0.0
+        return self.base / shares + self.constants + gathered + self.adapter + self.gradients
+
+    def on_each(self, shares: int, processes: int = 1) -> float:
+        """Return all of it for each of `shares` GPUs that share the base, of `processes` that train together."""
+        exchanged = self.gradients if processes > 1 else 0.0  # a flat copy of them, to be averaged
+        certain = self.fixed(shares) + self.optimizer + _CONTEXT
+        if shares > 1:  # the next layer is gathered early; gradients are averaged when the activations are gone
+            return certain + self.layer + max(self.activations, exchanged)
+        return certain + self.activations + exchanged
 
 
-def choose(settings: config.Config, base: Path, team: Team, memory: int | None) -> str:
-    """The strategy for `team`, and a line that says why where the config says auto.
+def choose(settings: config.Config, footprint: Footprint | None, team: Team, memory: int | None) -> str:
+    """Return the strategy for `team`, and log why where the config says auto.
 
-    `memory` is that of the smallest GPU in bytes, None on a CPU. Raises `errors.ConfigError` if the frozen base cannot
-    be where the strategy wants it.
+    `memory` is that of the smallest GPU in bytes, None on a CPU. Raises `errors.ConfigError` if the frozen base and the
+    adapter cannot be where the strategy wants them.
     """
-    scheme = prequantized.recognise(_told(base), str(base))
-    wanted = "ddp" if scheme else settings.distributed.strategy
-    if memory is None:
+    wanted = settings.distributed.strategy
+    if memory is None or footprint is None:
         return "ddp" if wanted == "auto" else wanted
-    need = estimate(settings, base)
-    alone, shared = need.on_each(1), need.on_each(team.size)
-    if scheme and need.base + need.constants > memory:
-        raise errors.ConfigError(
-            f"the base, which is quantized already ({scheme}), takes {log.size(need.base + need.constants)}, and each "
-            f"GPU of {log.size(memory)} needs all of it: use larger GPUs, or the original weights and strategy fsdp"
-        )
+    need = estimate(settings, footprint)
+    shares = team.size  # which is possible if a node's own GPUs are too few: see `count_shards`
+    alone, shared = need.on_each(1, team.size), need.on_each(shares, team.size)
     chosen = wanted
-    if wanted == "auto":
-        chosen = "ddp" if alone <= memory * _USABLE or team.size == 1 else "fsdp"
+    if footprint.scheme:
+        chosen = "ddp"
+        if need.fixed(1) > memory:
+            raise errors.ConfigError(
+                f"the base, which is quantized already ({footprint.scheme}), takes {log.size(need.fixed(1))} with the "
+                f"adapter, and each GPU of {log.size(memory)} needs all of it: use larger GPUs, or the original "
+                "weights and strategy fsdp"
+            )
+    elif wanted == "auto":
+        cannot_shard = team.size == 1 or settings.model.quantization == "int8"
+        chosen = "ddp" if alone <= memory * _USABLE or cannot_shard else "fsdp"
         log.event(
             "launch.strategy",
             f"{team.size} GPU(s) of {log.size(memory)}: a whole copy of the model on each takes about "
@@ -73,7 +87,7 @@ def choose(settings: config.Config, base: Path, team: Team, memory: int | None) 
             strategy=chosen,
             memory=memory,
         )
-    _refuse(settings, chosen, team, need.base + need.constants, memory)
+    _refuse(settings, chosen, shares, footprint, need, memory)
     each = alone if chosen in _WHOLE else shared
     if each > memory * _USABLE and not settings.distributed.offload:
         log.warn(
@@ -84,74 +98,109 @@ def choose(settings: config.Config, base: Path, team: Team, memory: int | None) 
     return chosen
 
 
-def _refuse(settings: config.Config, chosen: str, team: Team, base: float, memory: int) -> None:
-    """Raise `errors.ConfigError` if not even the base finds its place."""
+def place(settings: config.Config, footprint: Footprint | None, team: Team, memory: int | None) -> Team:
+    """Return `team` with its strategy, and with how many processes share one copy of the base under fsdp.
+
+    Arguments and errors are those of `choose`.
+    """
+    strategy = choose(settings, footprint, team, memory)
+    if strategy != "fsdp" or team.nodes == 1:
+        return replace(team, strategy=strategy)
+    need = estimate(settings, footprint) if footprint else None
+    shards = count_shards(team, need, memory)
+    sharded = f"each node shards a copy of the base over its {team.processes} processes, and none crosses the network"
+    if shards == team.size:
+        sharded = f"one copy of the base is sharded over all {team.size} processes, and gathered over the network"
+    log.event("launch.sharded", f"fsdp: {sharded}", shards=shards)
+    return replace(team, strategy=strategy, sharded_over=shards)
+
+
+def count_shards(team: Team, need: Need | None, memory: int | None) -> int:
+    """Return how many processes share one copy of the frozen base under fsdp.
+
+    Those of one node, where their GPUs hold a copy; on a node with one process there would be nothing to share.
+    """
+    if team.processes == 1:
+        return team.size
+    if need is None or memory is None or need.on_each(team.processes, team.size) <= memory * _USABLE:
+        return team.processes
+    return team.size
+
+
+def _refuse(
+    settings: config.Config,
+    chosen: str,
+    shares: int,
+    footprint: Footprint,
+    need: Need,
+    memory: int,
+) -> None:
+    """Raise `errors.ConfigError` if what is there whatever the examples are has no place."""
     quantization = settings.model.quantization
-    takes = f"the frozen base takes about {log.size(base)} with model.quantization {quantization}"
-    if chosen in _WHOLE and base > memory:
+    takes = (
+        f"the frozen base and the adapter take about {log.size(need.fixed(1))} with model.quantization {quantization}"
+    )
+    if sum(footprint.unquantized.values()) > footprint.weights / 2:
+        takes += f" ({describe_unquantized(footprint.weights, footprint.unquantized)})"
+    smaller = "" if quantization in ("nf4", "fp4") else "nf4, "
+    each = f"on each GPU of {log.size(memory)}"
+    whole = need.base + need.constants
+    if chosen in _WHOLE and need.fixed(1) > memory:
         raise errors.ConfigError(
-            f"{takes}, and {chosen} has all of it on each GPU of {log.size(memory)}: use nf4, larger GPUs, or several "
-            "and distributed.strategy fsdp"
+            f"{takes}, and {chosen} has all of it {each}: use {smaller}larger GPUs, or several and "
+            "distributed.strategy fsdp"
         )
-    if chosen == "zero3" and quantization != "none" and base > memory:
+    if chosen == "zero3" and quantization != "none" and whole > memory:
         raise errors.ConfigError(
-            f"{takes}, and zero3 shares quantized weights out only when all of them are on each GPU of "
-            f"{log.size(memory)}: use distributed.strategy fsdp, which does it while it loads them"
+            f"{takes}, and zero3 shards quantized weights only when all of them are {each}: use "
+            "distributed.strategy fsdp, which does it while it loads them"
         )
-    if chosen == "fsdp" and settings.lora.dora and base > memory:
+    if chosen == "fsdp" and settings.lora.dora and whole > memory:
+        raise errors.ConfigError(f"{takes}, and lora.dora needs all of it {each} to begin with: leave dora out")
+    if not settings.distributed.offload and need.fixed(shares) > memory:
         raise errors.ConfigError(
-            f"{takes}, and lora.dora needs all of it on each GPU of {log.size(memory)} to begin with: leave dora out"
-        )
-    if not settings.distributed.offload and base / team.size > memory:
-        raise errors.ConfigError(
-            f"{takes}, and {team.size} GPUs of {log.size(memory)} cannot hold it together: use more of them, nf4, or "
-            "distributed.offload"
+            f"{takes}, and {shares} GPUs of {log.size(memory)} cannot hold it together, for each "
+            f"needs {log.size(need.fixed(shares))}: use more or larger ones, {smaller}or "
+            "distributed.offload with fsdp"
         )
 
 
-def estimate(settings: config.Config, base: Path) -> Need:
-    """What training `base` needs, from the shapes that its files name; right within some tenths."""
-    told = _told(base)
-    scheme = prequantized.recognise(told, str(base))
-    text = told.get("text_config", told)
-    layers, hidden = int(text.get("num_hidden_layers", 1)), int(text.get("hidden_size", 1))
-    wide, words = int(text.get("intermediate_size", 4 * hidden)), int(text.get("vocab_size", 1))
-    bits, constant = _BITS[settings.model.quantization]
-    if constant and settings.model.double_quant:
-        constant = _DOUBLE_QUANT_BITS
-    inside, constants, ends, trained = 0.0, 0.0, 0.0, 0
-    for name, shape in _shapes(base).items():
-        count = math.prod(shape)
-        if any(part in name for part in _ENDS):
-            ends += count * _HALF
-        elif scheme and name.endswith(".qweight"):
-            inside += count * 4
-            trained += settings.lora.r * sum(scheme.unpacked(*shape))
-        elif scheme and name.endswith((".scales", ".qzeros")):
-            constants += count * (_HALF if name.endswith(".scales") else 4)
-        elif len(shape) == 2:  # noqa: PLR2004 - a matrix
-            inside += count * (_HALF if scheme else bits / 8)
-            constants += count * (0 if scheme else constant / 8)
-            trained += settings.lora.r * sum(shape)
-        else:
-            inside += count * _HALF
-    tokens = settings.train.micro_batch_size * settings.data.max_length
-    kept = layers if settings.train.gradient_checkpointing else layers * _AT_ONCE
-    activations = tokens * _HALF * (kept * hidden + _AT_ONCE * max(wide, hidden) + 2 * words)
-    adapter = trained * (_TRAINED_BYTES + _OPTIMIZER_BYTES[settings.train.optimizer])
-    return Need(inside + ends, constants, inside / layers, ends, adapter, activations)
+def estimate(settings: config.Config, footprint: Footprint) -> Need:
+    """Return what training needs on a GPU: weights to the byte, activations within some hundredths of a simulation."""
+    trained = footprint.trained
+    return Need(
+        base=footprint.base,
+        constants=footprint.constants,
+        layer=footprint.block,
+        ends=footprint.ends,
+        adapter=trained * _FLOAT,
+        gradients=trained * _FLOAT,
+        optimizer=trained * _OPTIMIZER_BYTES[settings.train.optimizer],
+        activations=_activations(settings, footprint, trained * _FLOAT),
+    )
 
 
-def _told(base: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    return told
+def _activations(settings: config.Config, footprint: Footprint, gradients: float) -> float:
+    """Return what the peak of a micro batch takes beyond the weights and all gradients.
 
-
-def _shapes(base: Path) -> dict[str, list[int]]:
-    """The shapes of all tensors, from the headers of the safetensors files: a length in 8 bytes, then JSON."""
-    found: dict[str, list[int]] = {}
-    for path in sorted(base.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found |= {name: told["shape"] for name, told in header.items() if name != "__metadata__"}
-    return found
+    With checkpointing each layer keeps its input, which is freed on the way back while gradients come: the peak is
+    near the first layer or near the last. A pair of answers is two conversations; the reference is computed without
+    gradients and adds nothing to the peak.
+    """
+    pairs = 2 if settings.train.method == "dpo" else 1
+    tokens = pairs * settings.train.micro_batch_size * settings.data.max_length
+    scale = footprint.width / 2
+    dropout = settings.lora.dropout > 0 and pairs == 1  # `train.placement` switches it off for pairs
+    copies = _INPUT * dropout
+    if settings.model.quantization == "none" and not footprint.scheme:
+        copies += _INPUT * (1 + dropout)  # PEFT makes a float32 copy there
+    hidden, wide, inputs = footprint.hidden, footprint.wide, footprint.inputs
+    routed = _ROUTED * footprint.experts * hidden
+    unpacked = min(footprint.unpacked, hidden * wide * footprint.width)  # at the way out of the MLP, where the peak is
+    layer = tokens * scale * (_HIDDEN * hidden + _WIDE * wide + copies * inputs + routed) + unpacked
+    inputs_kept = float(tokens * hidden * footprint.width * footprint.layers)
+    if not settings.train.gradient_checkpointing:
+        each = _HIDDEN_KEPT * hidden + _WIDE_KEPT * wide + copies * inputs + routed
+        inputs_kept = tokens * scale * each * (footprint.layers - 1)
+    tile = min(tokens, 4096) * min(footprint.vocabulary, 32768) * 2 + 4 * tokens * hidden * footprint.width
+    return max(layer + max(inputs_kept - gradients, 0.0), inputs_kept + tile - gradients)

@@ -1,11 +1,13 @@
 """How many processes train, in which way they share the model, and what their environment tells the libraries."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from job import cluster, errors
 from job.cluster import Node
 from job.config import Config
 from job.inputs import Team
+from job.launch import kernels
 
 _OF_A_LAUNCHER = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
@@ -34,8 +36,8 @@ def team(settings: Config, here: Node, gpus: int) -> Team:
 
 
 # What CUDA's libraries read when they start, so it cannot be set later. cuBLAS: its documentation, section "Results
-# reproducibility"; flash-attention: transformers' integrations/flash_attention.py; NCCL: sums made in the switch
-# (NVLS) are in no fixed order, those of rings and trees are.
+# reproducibility"; flash-attention: transformers' modeling_flash_attention_utils.py; NCCL: sums made in the switch
+# (NVLS) are in no fixed order, those of rings and trees are (Megatron-LM demands the same in its deterministic mode).
 _DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "FLASH_ATTENTION_DETERMINISTIC": "1",
@@ -50,16 +52,20 @@ def environment(
     gpus: tuple[str, ...],
     address: str | None,
     *,
+    kernel_cache: Path,
     deterministic: bool,
 ) -> dict[str, str]:
     """Return the environment of the processes of `team` on this machine, whose `address` the others know.
 
-    What the user has set is left alone.
+    All of them keep what Triton compiles in `kernel_cache`: its own default is the user's home,
+    which may be read-only. What the user has set is left alone.
     """
     ours = {n: v for n, v in environ.items() if n not in _OF_A_LAUNCHER and not n.startswith("TORCHELASTIC_")}
     chosen = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # we say what there is to say
+    ours["TRITON_CACHE_DIR"] = str(kernels.cache_folder(environ, kernel_cache))
     if gpus:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: team.processes])
+        ours["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts, from which the numbers are
         if "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
             chosen["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # examples differ in length: less lies waste
     if gpus and deterministic:
@@ -68,6 +74,10 @@ def environment(
         chosen["OMP_NUM_THREADS"] = str(max(1, cluster.cpus() // team.processes))
     if address and (interface := cluster.interface(address)):
         chosen["GLOO_SOCKET_IFNAME"] = interface  # it would take the one of the host's name, often the loopback
+        # NCCL would take any that is up, such as the USB link to a server's management controller.
+        # "=": this very name. InfiniBand and RoCE need it only to find each other; their devices
+        # are chosen by NCCL_IB_HCA.
+        chosen["NCCL_SOCKET_IFNAME"] = f"={interface}"
     if team.strategy.startswith("zero"):
         ours["ACCELERATE_USE_DEEPSPEED"] = "true"
     return {**chosen, **ours}

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from job import config, errors, log
 from job.model import parts
+from job.model.footprint import describe_unquantized
 from job.model.prequantized.linear import QuantizedLinear
 
 _ATTENTION = ("attn", "attention")
@@ -31,7 +32,8 @@ def adapted(network: PreTrainedModel, lora: config.Lora) -> PeftModel:
 
     Raises `errors.ModelError` if the targets match no layer, one of the given names does not, or PEFT refuses them.
     """
-    targets = _targets(network, lora.targets)
+    _tell_unquantized(network)
+    targets = find_targets(network, lora.targets)
     bare = _bare(network, targets, lora.targets) if lora.targets in ("auto", "all-linear") else Counter()
     shape = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
@@ -57,11 +59,11 @@ def _tell(wrapped: PeftModel, targets: Sequence[str], bare: Counter[str]) -> Non
     """Say which layers get how many parameters, and which weights of the model get none."""
     trainable, total = wrapped.get_nb_trainable_parameters()
     total += sum(m.in_features * m.out_features for m in wrapped.modules() if isinstance(m, QuantizedLinear))
-    layers = Counter(_kind(name) for name in targets)
+    layers = Counter(kind_of(name) for name in targets)
     parameters: Counter[str] = Counter()
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
-            parameters[_kind(name.partition(".lora_")[0])] += parameter.numel()
+            parameters[kind_of(name.partition(".lora_")[0])] += parameter.numel()
     each = ", ".join(f"{kind} x{count} {parameters[kind]:,}" for kind, count in layers.items())
     log.event(
         "lora.matched",
@@ -76,6 +78,26 @@ def _tell(wrapped: PeftModel, targets: Sequence[str], bare: Counter[str]) -> Non
             "their own, as the experts of a mixture, or layers that PEFT takes for those",
             kinds=dict(bare),
         )
+
+
+def _tell_unquantized(network: PreTrainedModel) -> None:
+    """Log how many weights of a quantized base stay in 16 bits.
+
+    Those of experts do: transformers has all of a layer in one tensor, which bitsandbytes does not quantize.
+    """
+    packed, plain, seen = 0, Counter[str](), set[int]()
+    for name, module in network.named_modules():
+        if isinstance(module, _QUANTIZED):
+            packed += module.in_features * module.out_features
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                kind = kind_of(name) if leaf == "weight" else f"{kind_of(name)}.{leaf}"
+                plain[kind] += getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, of which it has a part
+    if packed:
+        message = describe_unquantized(packed + sum(plain.values()), plain)
+        log.event("model.unquantized", message, quantized=packed, kinds=dict(plain))
 
 
 def draw(network: nn.Module, seed: int) -> None:
@@ -113,7 +135,8 @@ def in_float32(network: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]:
+def find_targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]:
+    """Return the names of the layers that get an adapter; raises `errors.ModelError` if `wanted` does not fit."""
     linear, misread = _linear(network)
     inside = [name for name in linear if name.startswith(parts.language(network))]
     if isinstance(wanted, str):
@@ -123,13 +146,13 @@ def _targets(network: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]
     else:
         chosen = [name for name in linear if name in wanted or (name in inside and _matches(name, wanted))]
         lacking = [target for target in wanted if not any(_matches(name, [target]) for name in chosen)]
-    if strange := misread.intersection(map(_kind, lacking)):
+    if strange := misread.intersection(map(kind_of, lacking)):
         raise errors.ModelError(
             f"lora.targets: PEFT takes layers called {', '.join(sorted(strange))} for others in this model, and would "
             "put their adapter elsewhere: name other layers"
         )
     if lacking:
-        there = ", ".join(sorted({_kind(name) for name in inside})) or "none"
+        there = ", ".join(sorted({kind_of(name) for name in inside})) or "none"
         raise errors.ModelError(
             f"lora.targets: {', '.join(lacking)} match{'es' if len(lacking) == 1 else ''} no linear layer "
             f"of the model; it has: {there}"
@@ -141,8 +164,8 @@ def _linear(network: PreTrainedModel) -> tuple[list[str], set[str]]:
     """The names of all linear layers but the head, and the kinds left out, which PEFT takes for something else."""
     head = network.get_output_embeddings()  # type: ignore[no-untyped-call]
     names = [name for name, module in network.named_modules() if _is_linear(module) and module is not head]
-    misread = {kind for kind in {_kind(name) for name in names} if _misread(network, kind)}
-    return [name for name in names if _kind(name) not in misread], misread
+    misread = {kind for kind in {kind_of(name) for name in names} if _misread(network, kind)}
+    return [name for name in names if kind_of(name) not in misread], misread
 
 
 def _misread(network: PreTrainedModel, kind: str) -> bool:
@@ -174,11 +197,12 @@ def _bare(network: PreTrainedModel, targets: Sequence[str], wanted: object) -> C
             if isinstance(module, nn.Linear) and leaf == "weight":
                 shape = (module.out_features, module.in_features)  # packed over 4 bits
             if len(shape) > 1:
-                found[_kind(name) if leaf == "weight" else f"{_kind(name)}.{leaf}"] += math.prod(shape)
+                found[kind_of(name) if leaf == "weight" else f"{kind_of(name)}.{leaf}"] += math.prod(shape)
     return found
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """Return the last part of a module's name, which all modules of its kind share."""
     return name.rpartition(".")[2]
 
 

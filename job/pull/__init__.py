@@ -3,6 +3,6 @@
 Files of a ``file://`` URL are used where they lie; everything else is copied to the cache, once.
 """
 
-from job.pull.bring import adapter, artefact, base, both, data, preflight, prepared
+from job.pull.bring import Survey, adapter, artefact, base, both, data, preflight, prepared, survey
 
-__all__ = ["adapter", "artefact", "base", "both", "data", "preflight", "prepared"]
+__all__ = ["Survey", "adapter", "artefact", "base", "both", "data", "preflight", "prepared", "survey"]

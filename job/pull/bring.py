@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from job import errors, inputs, log, manifest, paths, storage
@@ -13,47 +14,95 @@ from job.config import Config, Merging, Source
 from job.inputs import Base, DataFile, Images, Prepared
 from job.manifest import Manifest
 from job.model import vision
+from job.pull import kinds
 from job.pull import look as looked
-from job.pull.look import Found, Kind
+from job.pull.kinds import Kind
+from job.pull.look import Found
 
 _ABOUT = re.compile(rf"[^/]*\.(md|png|jpe?g|gif|svg|pdf)|\.git[^/]*|{paths.TERMS}", re.IGNORECASE)
 """What lies beside a model, and copies of it come with or without: it is the same model."""
 _MEND = "start again what made it; if it was changed on purpose, remove its training.json"
 _PACKED = 4  # times as large a base that was quantized to 4 bits is in 16
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number; most bases have 16 bits
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the run will read, found but not yet downloaded."""
+
+    found: Sequence[Found]
+    """The base first, then data and images."""
+    kind: Kind
+
+    def outline(self, folder: Path, *, code: bool) -> None:
+        """Write to `folder` what tells how large the base is, with its Python files if it is trusted with `code`."""
+        kinds.outline(self.found[0], self.kind, folder, code=code)
+
+
+def survey(config: Config, *, trained: bool = False, helps: bool = False) -> Survey:
+    """Find everything that the run will read, without reading it.
+
+    The data are not needed any more when the run is `trained`, nor by a machine that `helps` another one. Raises the
+    error that the run would end with later.
+    """
+    sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
+    found = [looked.base(config.model.base), *(looked.data(source.url) for source in sources)]
+    kind = kinds.kind(found[0])
+    kinds.suits(config, kind, found[0].source.url)
+    found += _images(config, sources) if kind.sees and config.train.method == "sft" else ()
+    return Survey(found, kind)
 
 
 def preflight(
     config: Config,
     cache: paths.Cache,
     keep: ExitStack,
+    surveyed: Survey,
     *,
-    trained: bool = False,
+    scratch: int = 0,
     look: bool = False,
     helps: bool = False,
 ) -> None:
-    """Look at everything that the run will read, without reading it: it is there, usable, and there is room.
+    """Make sure that the disk has room for all that the run puts there, before it is downloaded.
 
-    The data are not needed any more when the run is `trained`, nor by a machine that `helps` another one, and that one
-    alone merges. What the run uses of the cache is not evicted until `keep` is closed; what nobody uses is, where room
-    is short, unless this is only a `look`.
-
-    Raises the error that the run would end with later.
+    That is the base, what it is converted to, the merged model (not on a machine that `helps`), and `scratch`:
+    the bytes of checkpoints and adapters. What the run uses of the cache is not evicted until `keep` is closed; what
+    nobody uses is, where room is short, unless this is only a `look`. Raises `errors.DiskFullError` if there is none.
     """
-    sources = () if trained or helps else (*config.data.sources("train"), *config.data.sources("eval"))
-    found = [looked.base(config.model.base), *(looked.data(source.url) for source in sources)]
-    kind = looked.kind(found[0])
-    looked.suits(config, kind, found[0].source.url)
-    found += _images(config, sources) if kind.sees and config.train.method == "sft" else ()
+    found, kind = surveyed.found, surveyed.kind
     places = [cache.base(found[0].fingerprint), *(cache.data(f.fingerprint) for f in found[1:])]
     _used(found, places, cache, keep)
     pulled = _to_pull(found, places)
-    needed = pulled + _written(found[0], kind, cache, config.merge.dtype, merges=config.merge.enabled and not helps)
-    storage.make_room(cache.shelves(), needed, config.run.cache_limit, look=look)
+    merges = config.merge.enabled and not helps
+    needed = pulled + scratch + _written(found[0], kind, cache, config.merge.dtype, merges=merges)
+    compared = 0
+    if merges and config.examine.minutes and config.model.quantization != "none" and not kind.scheme:
+        compared = _merged_size(found[0], kind, config.merge.dtype)
+    _make_room(cache, needed, compared, config.run.cache_limit, look=look)
     log.event(
         "preflight",
         f"found the base model ({log.size(found[0].size)}) and the data ({log.size(sum(f.size for f in found[1:]))})",
         bytes=pulled,
     )
+
+
+def _make_room(cache: paths.Cache, needed: int, compared: int, limit: int | None, *, look: bool) -> None:
+    """Make room for what the run needs, and for the model that the merged one is compared with if that fits too.
+
+    The result is whole without the comparison, so a disk that is too small for it is only reported.
+    """
+    if compared:
+        try:
+            storage.make_room(cache.shelves(), needed + compared, limit, look=True)
+        except errors.DiskFullError as e:
+            log.warn(
+                "preflight.compared",
+                f"the disk has no room for the model that the merged one is to be compared with ({log.size(compared)}),"
+                f" so the report will not have its loss: {e}",
+                bytes=compared,
+            )
+            compared = 0
+    storage.make_room(cache.shelves(), needed + compared, limit, look=look)
 
 
 def base(url: str, cache: paths.Cache) -> Base:
@@ -69,7 +118,7 @@ def both(order: Merging, cache: paths.Cache, keep: ExitStack) -> str:
     """Look at the base and the adapter of a merge on its own, as `preflight` does; returns what names both."""
     found = [looked.base(order.model.base), looked.adapter(order.adapter.url)]
     places = [cache.base(found[0].fingerprint), cache.adapter(found[1].fingerprint)]
-    needed = _to_pull(found, places) + _written(found[0], looked.kind(found[0]), cache, order.merge.dtype, merges=True)
+    needed = _to_pull(found, places) + _written(found[0], kinds.kind(found[0]), cache, order.merge.dtype, merges=True)
     _used(found, places, cache, keep)
     storage.make_room(cache.shelves(), needed, order.run.cache_limit, look=False)
     return paths.digest(" ".join(each.fingerprint for each in found))
@@ -103,10 +152,19 @@ def _used(found: Sequence[Found], places: Sequence[Path], cache: paths.Cache, ke
 
 
 def _written(base: Found, kind: Kind, cache: paths.Cache, dtype: str, *, merges: bool) -> int:
-    """Bytes that are made of the base: what it is converted to, if it is not yet, and merged in so wide numbers."""
-    wide = (_PACKED if kind.scheme else 1) * (2 if dtype == "float32" else 1)  # most bases have 16 bits
+    """Return the bytes that are still to be made of the base: what it is converted to, and the merged model."""
     converts = kind.converts and not any(map(manifest.sealed, cache.conversions(base.fingerprint)))
-    return base.size * (converts + (merges and wide))
+    merged = _merged_size(base, kind, dtype) if merges else 0
+    names = {path.name.removesuffix(".partial") for path in cache.work("").glob("merged-*") if path.is_dir()}
+    there = sum(storage.on_disk(cache.work(name)) for name in names)  # of a start that was stopped in the merge
+    return base.size * converts + max(0, merged - there)
+
+
+def _merged_size(base: Found, kind: Kind, dtype: str) -> int:
+    """Return about how many bytes the base takes with numbers of `dtype`, unpacked if it comes quantized."""
+    stored = str(kind.config.get("dtype") or kind.config.get("torch_dtype") or "bfloat16")
+    packed = _PACKED if kind.scheme else 1
+    return base.size * packed * _BYTES.get(dtype, 2) // (2 if kind.scheme else _BYTES.get(stored, 2))
 
 
 def _to_pull(found: Sequence[Found], places: Sequence[Path]) -> int:

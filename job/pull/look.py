@@ -2,22 +2,18 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import unquote
 
 from job import errors, inputs, log, manifest, paths, storage
-from job.config import Config
-from job.model import legacy, prequantized, tokenizer, vision
+from job.model import tokenizer
 
-_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
-_PICKLED = re.compile(r"^pytorch_model.*\.bin$")
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ckpt|ot)$")
+PICKLED = re.compile(r"^pytorch_model.*\.bin$")
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})(\.safetensors|\.bin)$")
 _DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
 _HIDDEN = re.compile(r"(^|/)[._]")  # of editors, and of file systems
-_ASIDE = ("quantize_config.json", "quant_config.json")  # where AutoGPTQ and AutoAWQ first told what they did
-_HEADER = 100_000_000  # bytes: safetensors takes no more
 _SHOWN = 8  # names in one line
 
 
@@ -60,7 +56,7 @@ def adapter(url: str) -> Found:
             f"--adapter: {url} is of a run that has not published it whole: start the run again first"
         )
     wanted = {"adapter_config.json", max(weights)}  # safetensors, if there are both
-    kept = [e for e in entries if e.key in wanted or not _WEIGHTS.search(e.key)]
+    kept = [e for e in entries if e.key in wanted or not WEIGHTS.search(e.key)]
     return Found(source, [e for e in kept if e.key != manifest.NAME])
 
 
@@ -83,7 +79,7 @@ def base(url: str) -> Found:
             f"model.base: {source.url} has no tokenizer (one of {', '.join(tokenizer.FILES)}): upload it beside the "
             "weights"
         )
-    wanted = [e for e in entries if e.key in weights or ("/" not in e.key and not _WEIGHTS.search(e.key))]
+    wanted = [e for e in entries if e.key in weights or ("/" not in e.key and not WEIGHTS.search(e.key))]
     ignored = sorted(names - {e.key for e in wanted})
     if ignored:
         log.event(
@@ -94,95 +90,6 @@ def base(url: str) -> Found:
     return Found(source, wanted)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What config.json and the names of its files tell of a base model."""
-
-    converts: bool
-    """Whether it has to be converted before transformers loads it."""
-    sees: bool
-    """Whether it takes images."""
-    context: int | None
-    """Tokens that it was made for, if anybody says."""
-    scheme: str
-    """How it is quantized already, if it is."""
-
-
-def kind(found: Found) -> Kind:
-    """What the base is, told before gigabytes move; raises `errors.ModelError` if it cannot be used."""
-    entry = next(e for e in found.entries if e.key == "config.json")
-    try:
-        told = dict(json.loads(storage.read_range(found.source, entry, 0, entry.size)))
-    except (ValueError, TypeError) as e:
-        raise errors.ModelError(f"model.base: {found.source.url}/config.json cannot be read ({e})") from e
-    called = told.get("architectures") or []
-    if told.get("is_encoder_decoder") and not any(str(each).endswith("ForCausalLM") for each in called):
-        raise errors.ModelError(
-            f"model.base: {found.source.url} is an encoder with a decoder ({', '.join(called) or 'see config.json'}): "
-            "the job trains and merges language models, which are decoders alone"
-        )
-    layout = legacy.recognise(told, found.source.url)
-    aside = [entry.key for entry in found.entries if entry.key in _ASIDE]
-    if aside and not told.get("quantization_config"):
-        raise errors.ModelError(
-            f"model.base: {found.source.url} has {aside[0]} beside a config.json that says nothing of it, as old "
-            "quantized models do: put it into config.json as quantization_config, with quant_method gptq or awq"
-        )
-    scheme = prequantized.recognise(told, found.source.url)
-    if scheme:
-        prequantized.check(_tensors(found), scheme, found.source.url)
-    if scheme and layout:
-        raise errors.ModelError(
-            f"model.base: {found.source.url} is a {layout.NAMES} model that is quantized already ({scheme}), which the "
-            "job does not convert: use the original weights"
-        )
-    converts = layout is not None or all(_PICKLED.match(e.key) for e in found.entries if _WEIGHTS.search(e.key))
-    return Kind(converts, vision.sees(told), layout.context if layout else _context(told), str(scheme or ""))
-
-
-def suits(config: Config, kind: Kind, where: str) -> None:
-    """Raise `errors.ConfigError` if a base of that `kind`, which is at `where`, cannot be trained as `config` says."""
-    if kind.context and config.data.max_length > kind.context:
-        raise errors.ConfigError(
-            f"data.max_length {config.data.max_length} is more than the {kind.context} tokens that {where} was "
-            "made for (in its config.json): lower it"
-        )
-    if kind.scheme and config.distributed.strategy not in ("auto", "ddp"):
-        raise errors.ConfigError(
-            f"distributed.strategy {config.distributed.strategy} cannot share out a base that is quantized already "
-            f"({where}: {kind.scheme}): use ddp, or the original weights"
-        )
-    if config.data.images and not kind.sees:
-        raise errors.ConfigError(f"data.images: the base {where} sees no images: leave it out, or use a base that does")
-
-
-def _tensors(found: Found) -> list[str]:
-    """The names of the tensors in the safetensors files of a base, without fetching those."""
-    names: list[str] = []
-    for entry in found.entries:
-        if entry.key.endswith(".safetensors"):
-            try:
-                size = int.from_bytes(storage.read_range(found.source, entry, 0, 8), "little")
-                names += json.loads(storage.read_range(found.source, entry, 8, 8 + min(size, _HEADER, entry.size - 8)))
-            except (ValueError, TypeError) as e:
-                raise errors.ModelError(
-                    f"model.base: {found.source.url}/{entry.key} is no safetensors file ({e}): upload it again"
-                ) from e
-    return names
-
-
-def _context(told: Mapping[str, Any]) -> int | None:
-    """How many tokens the model takes, with what its config.json says of stretching them; None if it says nothing."""
-    told = told["text_config"] if isinstance(told.get("text_config"), dict) else told
-    context = told.get("max_position_embeddings")
-    if not isinstance(context, int):
-        return None
-    stretched = told.get("rope_scaling") or told.get("rope_parameters")
-    if not isinstance(stretched, dict) or not isinstance(stretched.get("factor"), int | float):
-        return context
-    return max(context, int(stretched.get("original_max_position_embeddings", context) * stretched["factor"]))
-
-
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
@@ -190,9 +97,9 @@ def _some(names: Sequence[str]) -> str:
 
 def _weights(names: set[str], where: str) -> set[str]:
     weights = {n for n in names if n.endswith(".safetensors") and "/" not in n and not n.startswith("adapter_")}
-    weights = weights or {n for n in names if _PICKLED.match(n)}
+    weights = weights or {n for n in names if PICKLED.match(n)}
     if not weights:
-        other = sorted(n for n in names if _WEIGHTS.search(n) and "/" not in n)
+        other = sorted(n for n in names if WEIGHTS.search(n) and "/" not in n)
         seen = f"only {_some(other)}" if other else "no weights at all"
         raise errors.ModelError(
             f"model.base: {where} has {seen}: the job reads *.safetensors and pytorch_model*.bin; convert "

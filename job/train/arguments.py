@@ -71,7 +71,7 @@ def _placed(task: Task, dtype: torch.dtype) -> dict[str, Any]:
     if not task.team.strategy.startswith("zero"):
         # Without it DDP rebuilds its buckets after the first step of a start, so that three or more processes add up
         # gradients in another order than in later steps, and a resumed run ends with other bits.
-        return {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False, **told}
+        return {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": True, **told}
     if told["use_cpu"]:
         # accelerate knows DeepSpeed on GPUs only; told so much beforehand, it takes the CPU as well
         PartialState(backend="gloo")

@@ -19,7 +19,7 @@ def use_deterministic_kernels() -> None:
     """
     torch.use_deterministic_algorithms(mode=True)
     # Filling new memory finds bugs in torch; it costs a pass over every tensor and changes no result.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -117,4 +117,4 @@ def _gathered(block: nn.Module, names: Mapping[str, str]) -> Iterator[None]:
 def _digest(parameter: torch.Tensor) -> str:
     # A copy, for memory that numpy has looked at cannot be given back, as FSDP2 does after a gather.
     content = parameter.detach().contiguous().view(torch.uint8).to("cpu", copy=True)
-    return hashlib.sha256(content.numpy()).hexdigest()
+    return hashlib.sha256(content.numpy().data).hexdigest()

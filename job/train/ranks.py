@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime as dt
+import itertools
 import json
 import math
 import queue
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from job import errors
+from job import errors, failures
 from job.inputs import Team
 
 Stuck = Callable[[str, bool], None]
@@ -120,13 +121,25 @@ class Ranks:
         """Until the next mark nobody is stuck: a large model may be on a slow disk, the last upload take its time."""
         self._at = math.inf
 
+    @property
+    def at(self) -> str:
+        """What this process does since its last mark."""
+        return self._what
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Raise `errors.PeerError` in place of what torch raises in this block when another process is gone."""
+        """Raise `errors.PeerError` for what torch raises here when another process is gone.
+
+        NCCL reports a fault of this process's own GPU by the same class of error: that is left as
+        it is.
+        """
         try:
             yield
         except RuntimeError as e:
             if self.size == 1 or not (isinstance(e, distributed.DistError) or "gloo" in str(e)):
+                raise
+            failure = failures.find(str(e))
+            if failure and failure.kind != "peer":
                 raise
             told = " ".join(str(e).split())  # NCCL tells the cause in the last of several lines
             raise errors.PeerError(f"rank {self.rank} lost another process at {self._what}: {told}") from e
@@ -145,16 +158,21 @@ class Ranks:
         return [float(value) for value in tensor]
 
     def _watch(self, store: Any, timeout: float, stuck: Stuck) -> None:
-        beats = 0
-        while True:
-            beats += 1
-            with contextlib.suppress(RuntimeError):  # the machine that holds the store may be gone; we wait on
-                store.set(_key(self.rank), json.dumps([self._marks, self._what, beats, _host()]))
-            if self._left.wait(_BEAT_SECONDS):
-                return
+        beating = threading.Thread(target=self._beat, args=(store,), daemon=True, name="ranks-beat")
+        beating.start()
+        while not self._left.wait(_BEAT_SECONDS):
             idle = time.monotonic() - self._at
             if idle > timeout:
                 stuck(*self._explained(store, idle))
+                return
+        beating.join()
+
+    def _beat(self, store: Any) -> None:
+        """Renew the heartbeat, also while this process looks for whom it waits: all may look."""
+        for beats in itertools.count(1):
+            with contextlib.suppress(RuntimeError):  # the machine with the store may be gone
+                store.set(_key(self.rank), json.dumps([self._marks, self._what, beats, _host()]))
+            if self._left.wait(_BEAT_SECONDS):
                 return
 
     def _explained(self, store: Any, idle: float) -> tuple[str, bool]:
@@ -163,9 +181,10 @@ class Ranks:
 
         def look() -> None:
             with contextlib.suppress(RuntimeError):
-                before = _read(store, self.size)
+                own = store.clone()  # an answer that never comes must not stop the heartbeat
+                before = _read(own, self.size)
                 time.sleep(3 * _BEAT_SECONDS)
-                looked.put((before, _read(store, self.size)))
+                looked.put((before, _read(own, self.size)))
 
         # apart, for a process that is stopped keeps its connections, and who asks it waits for as long as torch likes
         threading.Thread(target=look, daemon=True, name="ranks-look").start()

@@ -13,7 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 
-from job import checkpoint, errors, lease, log, manifest, paths, storage
+from job import checkpoint, errors, failures, lease, log, manifest, paths, storage
 from job.checkpoint import state as states
 from job.config import Config
 from job.inputs import AFTER_A_LOSS, Task
@@ -47,8 +47,9 @@ def train(task: Task, notice: Notice, stuck: Stuck, rank: int, listening: int | 
     timeout = task.config.distributed.timeout_minutes * 60
     ranks = Ranks(task.team, rank)
     try:
-        ranks.meet(listening, timeout, stuck)
-        with ranks.together(), deterministic.named_operation(), _memory():
+        with _explaining_failures(task, ranks):
+            ranks.meet(listening, timeout, stuck)
+        with ranks.together(), deterministic.named_operation(), _explaining_failures(task, ranks):
             if ranks.first:
                 _lead(task, notice, ranks)
             else:
@@ -186,14 +187,33 @@ def _run(
 
 
 @contextlib.contextmanager
-def _memory() -> Iterator[None]:
+def _explaining_failures(task: Task, ranks: Ranks) -> Iterator[None]:
+    """Raise what failed, and what to do, in place of what torch raises for a GPU or a memory."""
     try:
         yield
-    except torch.OutOfMemoryError as e:
-        raise errors.PermanentError(
-            f"the GPU's memory is too small: {e}. Lower train.micro_batch_size (the result stays the same) or "
-            "data.max_length, or use more GPUs and distributed.strategy fsdp"
-        ) from e
+    except (RuntimeError, MemoryError) as e:
+        free = _free_gpu_memory()
+        failure = failures.find(str(e), free)
+        if failure is None and isinstance(e, MemoryError | torch.OutOfMemoryError):
+            kind: failures.Kind = "host memory" if isinstance(e, MemoryError) else "gpu memory"
+            failure = failures.Failure(kind, f"{type(e).__name__} {e}".strip())
+        if failure is None or failure.kind == "peer":
+            raise
+        more = f" at {ranks.at}"
+        if failure.kind == "gpu memory" and free is not None:
+            reserved = torch.cuda.memory_reserved()
+            more += f" ({log.size(free)} free, {log.size(reserved)} held by training)"
+        raise failures.explain(failure, task.config, more) from e
+
+
+def _free_gpu_memory() -> int | None:
+    """Return the bytes that are free on this process's GPU; None if CUDA cannot be asked."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
+        return None
+    try:
+        return torch.cuda.mem_get_info()[0]
+    except RuntimeError:  # after most faults every further call fails
+        return None
 
 
 def _left(notice: Notice, task: Task) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from job import checkpoint, errors, log
@@ -41,7 +42,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         self._first = 0  # the step that this attempt goes on from
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses over tokens, tokens
         self._unlogged: dict[str, Any] = {}
-        self._pace, self._compared = Pace(self.model) if ranks.size > 1 else None, time.monotonic()
+        zero3 = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]  # transformers'
+        measured = ranks.size > 1 and not zero3
+        self._pace, self._compared = Pace(self.model) if measured else None, time.monotonic()
+        self._micro_batch = 0  # of this step
         self._late: int | None = None  # the process that was said to be slow
         for callback in (cadence, Epochs(order), _TakeUp(self)):
             self.add_callback(callback)
@@ -78,6 +82,26 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
             entropy.pop()
             accuracy.pop()
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *how: Any, **more: Any) -> Any:
+        """Collate the micro batches of a step, each marked: images become numbers here."""
+        self._micro_batch = 0
+        return super().get_batch_samples(self._marked(epoch_iterator), *how, **more)
+
+    def _marked(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            self._ranks.mark(f"the data of step {self.state.global_step + 1}")
+            try:
+                batch = next(epoch_iterator)
+            except StopIteration:
+                return
+            yield batch
+
+    def training_step(self, *how: Any, **more: Any) -> Any:
+        """Mark every micro batch, so that a step of many is not taken for one that stands still."""
+        self._micro_batch += 1
+        self._ranks.mark(f"step {self.state.global_step + 1}, micro batch {self._micro_batch}")
+        return super().training_step(*how, **more)
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
         self._ranks.mark(f"evaluation after step {self.state.global_step}")
@@ -131,8 +155,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl's types are not followed
         scratch = Path(self.args.output_dir) / states.TRAINER  # of the machine, so of one process only
         self.state.save_to_json(str(scratch))
         trainer = scratch.read_text(encoding="utf-8")
-        made = states.capture(self.state.global_step, self._loop, trainer, unlogged, self._saving.spare())
-        self._saving.submit(made, self.state.best_global_step if self._keep_best else None)
+        best = self.state.best_global_step if self._keep_best else None
+        made = states.capture(self.state.global_step, self._loop, trainer, unlogged, self._saving.spare(best))
+        self._saving.submit(made, best)
 
     def _compare(self, seconds: float) -> None:
         """Say which process the others wait for, if one is much slower."""

@@ -4,6 +4,11 @@ MOMENT says where, as JSON: the n-th ``call`` of ``function`` in ``module``, wit
 that is not empty, in the process that is named (``job`` or ``worker``), ``after`` the function instead of before it.
 There it writes the ids of the job and of this process to ``reached`` and waits, so that the test can do what it likes
 to a process that stands just there, until the test removes the file.
+
+DELAY makes one worker slow instead, as JSON: the one of this ``rank`` sleeps ``seconds`` before the
+n-th ``call`` of ``function`` in ``module``, or before each if ``call`` is 0; all of them do if
+``rank`` is -1. If it names attributes, ``having`` these values, only a method of such an object
+counts.
 """
 
 import functools
@@ -56,10 +61,34 @@ class Moment:
             time.sleep(0.02)
 
 
+class Delay:
+    """A function that takes longer than it needs."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.module, self._function = told["module"], told["function"]
+        self._seconds, self._call, self._count = told["seconds"], told["call"], itertools.count(1)
+        self._having = told.get("having", {})
+
+    def attach(self, module: ModuleType) -> None:
+        """Put the sleep before the function."""
+        owner_name, name = self._function.rpartition(".")[::2]
+        owner = functools.reduce(getattr, filter(None, owner_name.split(".")), module)
+        original: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(original)
+        def delayed(*given: object, **named: object) -> object:
+            wanted = all(getattr(given[0], name) == value for name, value in self._having.items())
+            if wanted and self._call in (0, next(self._count)):
+                time.sleep(self._seconds)
+            return original(*given, **named)
+
+        setattr(owner, name, delayed)
+
+
 class Finder(importlib.abc.MetaPathFinder):
     """Finds the module of the moment as Python would, and attaches the moment when it is loaded."""
 
-    def __init__(self, moment: Moment) -> None:
+    def __init__(self, moment: Moment | Delay) -> None:
         self._moment = moment
 
     def find_spec(
@@ -85,3 +114,8 @@ if "MOMENT" in os.environ:
     told = json.loads(os.environ["MOMENT"])
     if ("worker" if "worker" in sys.argv else "job") == told["process"]:
         sys.meta_path.insert(0, Finder(Moment(told)))
+
+if "DELAY" in os.environ and "worker" in sys.argv:
+    told = json.loads(os.environ["DELAY"])
+    if told["rank"] in (-1, int(os.environ.get("RANK", "0"))):
+        sys.meta_path.insert(0, Finder(Delay(told)))

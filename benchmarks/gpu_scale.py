@@ -1,0 +1,33 @@
+"""How large the GPU checks are."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the checks are: shapes of a 7B model on a GPU, seconds of work on a CPU."""
+
+    device: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    layers: int
+    """Of the model whose speed and memory are measured."""
+    few_layers: int
+    """Of the models whose bits are compared."""
+    lengths: tuple[int, ...]
+    """Tokens of the sequences."""
+    micro_batches: tuple[int, ...]
+    packing: tuple[bool, ...]
+    """How examples are laid out in the runs that are stopped."""
+    steps: int
+    stop_at: int
+    """The step after which the run is stopped."""
+
+
+SCALES = {  # on the GPU the shape of Qwen2.5-7B
+    "cuda": Scale("cuda", 3584, 18944, 28, 4, 152064, 28, 4, (512, 2048), (2, 8, 16), (False, True), 30, 12),
+    "cpu": Scale("cpu", 64, 128, 4, 2, 512, 2, 2, (48, 160), (1, 2), (True,), 6, 2),
+}

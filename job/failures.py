@@ -1,0 +1,186 @@
+"""Tell a failed GPU, a used-up memory and a lost process apart by what the libraries say.
+
+The texts were read in the sources: torch 2.13 (c10/cuda, ProcessGroupNCCL.cpp), NCCL (enqueue.cc,
+init.cc), Triton (backends/nvidia/driver.py), and the strings of bitsandbytes 0.50.2's CUDA library.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from job import errors
+from job.config import Config
+
+Kind = Literal["gpu", "gpu memory", "host memory", "shared memory", "peer"]
+
+# In the order in which they are looked for at one place of the text; the first place counts.
+_SAYS = re.compile(
+    r"(?P<full>CUDA out of memory\.(?:(?! If reserved)[^\n])*)"  # torch's advice is set already
+    r"|CUDA(?: driver)? error: (?P<torch>[^\n]+)"
+    r"|Cuda failure (?:\d+ )?'(?P<nccl>[^'\n]+)'"
+    r"|Triton Error \[CUDA\]: (?P<triton>[^\n]+)"
+    r"|(?P<cudnn>cuDNN error: \w+)"
+    # what its C++ writes to stderr before it calls exit(1)
+    r"|^Error (?P<bitsandbytes>[^\n]+) at line \d+ in file \S+$"
+    r"|(?P<host>DefaultCPUAllocator: (?:can't allocate|not enough) memory[^\n]*|std::bad_alloc"
+    r"|Unable to allocate [^\n]+ for an array|Cannot allocate memory)"
+    r"|(?P<shared>Error while creating shared memory segment[^\n]*"
+    r"|unable to allocate shared memory[^\n]*)"
+    r"|(?P<peer>remote process exited or there was a network error|ncclRemoteError"
+    r"|Watchdog caught collective operation timeout[^\n]*)",
+    re.MULTILINE,
+)
+_SOURCES: dict[str, Kind] = {
+    "full": "gpu memory", "host": "host memory", "shared": "shared memory", "peer": "peer",
+}  # fmt: skip
+_SPEAKERS = {"nccl": "NCCL: ", "triton": "Triton: ", "bitsandbytes": "bitsandbytes: "}
+_NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|HOST_ALLOCATION_FAILED", re.IGNORECASE)
+# What cuBLAS and cuDNN say when there is no memory for their workspace, or the driver is broken.
+_NO_HANDLE = "STATUS_NOT_INITIALIZED"
+_AT_EXIT = "driver shutting down"  # of a process that ends anyway
+# Bytes. With so much free a library's own few hundred megabytes were not refused for want of it.
+_WORKSPACE = 1 << 30
+_HARDWARE = re.compile(
+    r"ECC|NVLink|hardware|busy or unavailable|unknown error|fallen off|is lost|no CUDA-capable"
+    r"|launch timed out",
+    re.IGNORECASE,
+)
+_TOO_OLD = re.compile(r"no kernel image|driver version is insufficient|unsupported toolchain")
+_TALKS_TO_OTHERS = re.compile(r"NCCL|ProcessGroup|c10d|[Gg]loo|TCPStore|DistBackendError")
+_TRIED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
+_UNUSED = re.compile(r"([\d.]+ \w+) is reserved by PyTorch but unallocated")
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong, in the words of who noticed it."""
+
+    kind: Kind
+    said: str
+
+
+def find(text: str, free: int | None = None) -> Failure | None:
+    """Return the first failure that `text` tells of, for the rest mostly follow from it.
+
+    `free` is how many bytes of the GPU's memory were free then, if that is known: what CUDA calls
+    "out of memory" while there is plenty is memory of the host that it could not pin.
+    """
+    for match in _SAYS.finditer(text):
+        source, said = str(match.lastgroup), match[str(match.lastgroup)].strip(" .")
+        if _AT_EXIT not in said:
+            return Failure(_kind(source, said, free), _SPEAKERS.get(source, "") + said)
+    return None
+
+
+def lost_another(text: str) -> bool:
+    """Whether a process that was aborted with these last words had only lost another one.
+
+    Who says nothing of any other process was aborted for a reason of its own.
+    """
+    failure = find(text)
+    return failure.kind == "peer" if failure else bool(_TALKS_TO_OTHERS.search(text))
+
+
+def explain(failure: Failure, settings: Config, more: str = "") -> errors.JobError:
+    """Return the error for `failure`, with what to do; `more` is what else is known."""
+    if failure.kind == "gpu memory":
+        told = f"the GPU's memory is too small{more}: {failure.said}"
+        if _is_fragmented(failure.said):
+            return errors.GpuBusyError(
+                f"{told}. torch held as much unused in smaller pieces, which a new start does not"
+            )
+        return errors.GpuMemoryError(f"{told}. {_less_on_the_gpu(settings)}")
+    if failure.kind == "host memory":
+        return errors.HostMemoryError(
+            f"the host's memory is used up{more}: {failure.said}. {_less_on_the_host(settings)}"
+        )
+    if failure.kind == "shared memory":
+        return errors.HostMemoryError(
+            f"the shared memory is too small{more}: {failure.said}. Give the container more "
+            "(docker: --shm-size, Kubernetes: sizeLimit of the volume shm)"
+        )
+    if failure.kind == "peer":
+        return errors.PeerError(f"another process of the run was lost{more}: {failure.said}")
+    return _gpu_error(failure.said, more)
+
+
+def killed_for_memory(settings: Config, limit: int | None) -> errors.HostMemoryError:
+    """Return the error of a process that the kernel killed for want of memory.
+
+    `limit` is that of its container in bytes, None if there is none.
+    """
+    within = f" (its container may have {limit / 2**30:.1f} GiB)" if limit else ""
+    return errors.HostMemoryError(
+        f"the kernel killed it, for host memory ran out{within}. {_less_on_the_host(settings)}"
+    )
+
+
+def _kind(source: str, said: str, free: int | None) -> Kind:
+    if source in _SOURCES:
+        return _SOURCES[source]
+    if _NO_MEMORY.search(said):
+        host = "HOST" in said or (free is not None and free > _WORKSPACE)
+        return "host memory" if host else "gpu memory"
+    if _NO_HANDLE in said and free is not None and free < _WORKSPACE:
+        return "gpu memory"
+    return "gpu"
+
+
+def _is_fragmented(said: str) -> bool:
+    """Whether torch had as much memory unused as it asked for in vain."""
+    tried, unused = _TRIED.search(said), _UNUSED.search(said)
+    return bool(tried and unused and _bytes(unused[1]) >= _bytes(tried[1]))
+
+
+def _bytes(size: str) -> float:
+    count, unit = size.split()
+    return float(count) * _UNITS.get(unit, 1)
+
+
+def _less_on_the_gpu(settings: Config) -> str:
+    """What of this config to change, the keys that leave the result as it is first."""
+    changes = []
+    if settings.train.micro_batch_size > 1:
+        changes.append(
+            f"lower train.micro_batch_size ({settings.train.micro_batch_size}; the result stays "
+            "the same, and the run goes on from its last checkpoint)"
+        )
+    if not settings.train.gradient_checkpointing:
+        changes.append("set train.gradient_checkpointing to true")
+    if settings.model.quantization == "none":
+        changes.append("set model.quantization to nf4")
+    changes.append(f"lower data.max_length ({settings.data.max_length})")
+    if settings.distributed.strategy != "fsdp":
+        changes.append("use more GPUs with distributed.strategy fsdp")
+    elif not settings.distributed.offload:
+        changes.append("set distributed.offload to true")
+    return f"Change one of these: {'; '.join(changes)}"
+
+
+def _less_on_the_host(settings: Config) -> str:
+    changes = ["give the container or the machine more memory", "start fewer processes on it"]
+    if settings.distributed.offload:
+        changes.append("set distributed.offload to false")
+    return f"Change one of these: {'; '.join(changes)}"
+
+
+def _gpu_error(said: str, more: str) -> errors.JobError:
+    told = f"CUDA error{more}: {said}"
+    if _TOO_OLD.search(said):
+        return errors.PermanentError(
+            f"{told}. The GPU or its driver is older than this build of torch supports: use "
+            "another GPU, or a newer driver"
+        )
+    if "device-side assert" in said:
+        return errors.GpuError(
+            f"{told}. A kernel was given a number out of its range, such as a token that the model "
+            "has no row for; it says where in the lines above. Start again with "
+            "CUDA_LAUNCH_BLOCKING=1 to see which call"
+        )
+    look = "look at `dmesg | grep -i xid` and `nvidia-smi -q -d ECC` there"
+    if _HARDWARE.search(said):
+        out = "The GPU or its link is broken: take the node out of service"
+    else:
+        out = "If it comes again on the same node, take that out of service"
+    return errors.GpuError(f"{told}. {out}, and {look}")

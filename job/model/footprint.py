@@ -1,0 +1,121 @@
+"""What a base model and its adapter consist of, counted from its config.json alone: no weight is ever in memory.
+
+Counting imports torch and transformers, which takes seconds and a gigabyte that the job itself does not want: `ask`
+does it in a process of its own.
+"""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job import errors
+from job.config import Config
+
+SETTINGS, TENSORS = "settings.json", "tensors.json"  # beside the config.json
+_RESULT = "footprint.json"
+_ROOT = Path(__file__).parents[2]
+_PROGRAM = """
+import logging, sys
+logging.disable(logging.WARNING)  # what there is to warn of is said again when the model is loaded
+from job.model.measure import main
+main(sys.argv[1])
+"""
+_SHOWN = 4  # kinds of weights in a message
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a base model as `model.quantization` holds it, and of the adapter on it. All but counts are in bytes."""
+
+    weights: int
+    """How many the base has."""
+    unquantized: Mapping[str, int]
+    """How many of them stay in 16 bits (or what compute_dtype says), by the kind of module they belong to."""
+    scheme: str
+    """How the base comes quantized, if it does."""
+    blocks: int
+    """The decoder layers, with packed weights as they are packed."""
+    block: int
+    """The largest of them."""
+    ends: int
+    """What lies outside of them: embeddings, head, last norm."""
+    constants: int
+    """Scales, zero points and tables that packed weights are unpacked with."""
+    unpacked: int
+    """The largest packed weight once it is unpacked to be computed with."""
+    trained: int
+    """How many weights the adapter has."""
+    inputs: float
+    """How many inputs the layers with an adapter have, all those of a decoder layer together, on average."""
+    layers: int
+    hidden: int
+    """Width of the hidden states."""
+    wide: int
+    """Width inside the MLP; in a mixture, of all experts together that one token goes to."""
+    experts: int
+    """How many experts one token goes to; 0 in a dense model."""
+    vocabulary: int
+    width: int
+    """Bytes of a number in the compute dtype."""
+
+    @property
+    def base(self) -> int:
+        """The frozen base without the constants."""
+        return self.blocks + self.ends
+
+
+def describe_unquantized(weights: int, unquantized: Mapping[str, int]) -> str:
+    """Return how many of the `weights` of a quantized model are not quantized, and the largest kinds of them."""
+    largest = sorted(unquantized.items(), key=lambda item: -item[1])[:_SHOWN]
+    kinds = ", ".join(f"{kind} {_in_billions(count)}" for kind, count in largest)
+    return f"{_in_billions(sum(unquantized.values()))} of {_in_billions(weights)} weights are not quantized: {kinds}"
+
+
+def ask(settings: Config, folder: Path) -> Footprint:
+    """Count in another process what the model would consist of whose config.json is in `folder`.
+
+    If the base comes quantized, `tensors.json` there has the dtype and shape of every tensor in its files. With
+    ``trust_remote_code`` the Python files of the base are there too. Raises `errors.ModelError` if transformers does
+    not know the model, or lora.targets does not fit it, and `errors.JobError` if the process dies.
+    """
+    (folder / SETTINGS).write_text(settings.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-c", _PROGRAM, str(folder)]
+    # A request to stop is ours to hear: the process is killed when we are interrupted.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # noqa: S603 - our own module
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        _, output = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        last = output.decode(errors="replace").strip().rpartition("\n")[2]
+        raise errors.JobError(f"the process that sizes the model up ended with {process.returncode}: {last}")
+    return read(folder)
+
+
+def read(folder: Path) -> Footprint:
+    """Return what `write` has written; raises `errors.ModelError` if that is an error."""
+    result: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
+    if "error" in result:
+        raise errors.ModelError(result["error"])
+    return Footprint(**result)
+
+
+def write(folder: Path, result: Footprint | errors.PermanentError) -> None:
+    """Write a footprint, or why there is none, for the process that asked."""
+    told = dataclasses.asdict(result) if isinstance(result, Footprint) else {"error": str(result)}
+    (folder / _RESULT).write_text(json.dumps(told), encoding="utf-8")
+
+
+def _in_billions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e7 else f"{count:,}"  # noqa: PLR2004 - 0.01 billion
