@@ -212,12 +212,13 @@ def report(
         "# What verifying a merged model costs",
         "",
         (
-            "SmolLM2-135M-Instruct (270 MB), NF4, random LoRA of rank 16; medians of "
-            f"{options.rounds} rounds in turns, one thread."
+            "SmolLM2-135M-Instruct (270 MB), NF4, a random LoRA of rank 16, one thread; "
+            f"{options.rounds} round(s) in turns, medians."
         ),
         (
             "`run` merges and verifies with 12 held-out dialogues and answers to "
-            f"{PROMPTS} of them of up to {TOKENS} tokens; `merge` is the command alone, without examples."
+            f"{PROMPTS} of them of up to {TOKENS} tokens; "
+            "`merge` is the command alone, without examples."
         ),
         "",
         "| | seconds | processor time | memory | without mapped files |",

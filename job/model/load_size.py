@@ -120,9 +120,9 @@ def spread(
     quantizer = getattr(network, "hf_quantizer", None)
     counted = compute_module_sizes(network, quantizer)[0][""]
     scale = counted / size.weights  # transformers does not count the scales of quantized weights
-    rooms: dict[int | str, float] = {**dict(enumerate(gpus)), "cpu": host}
+    rooms: list[tuple[int | str, float]] = [*enumerate(gpus), ("cpu", host)]
     limits: dict[int | str, int | str] = {
-        device: max(0, int(room * scale)) for device, room in rooms.items()
+        device: max(0, int(room * scale)) for device, room in rooms
     }  # fmt: skip
     whole = set(network._no_split_modules or ())  # noqa: SLF001 - it is told nowhere else
     with _quiet(
