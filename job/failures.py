@@ -1,7 +1,8 @@
 """Tell a failed GPU, a used-up memory and a lost process apart by what the libraries say.
 
-The texts were read in the sources: torch 2.13 (c10/cuda, ProcessGroupNCCL.cpp), NCCL (enqueue.cc,
-init.cc), Triton (backends/nvidia/driver.py), and the strings of bitsandbytes 0.50.2's CUDA library.
+Where the texts are from: torch's ProcessGroupNCCL.cpp and c10/cuda (public copies, not the tag of
+2.13), reports in public issues for NCCL and cuDNN, Triton's backends/nvidia/driver.c, and the strings
+of bitsandbytes 0.50.2's CUDA library. None of them was seen on a GPU of our own.
 """
 
 import re
