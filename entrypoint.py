@@ -265,7 +265,7 @@ def help_out(here: Here) -> None:
 
 def look(machine: cli.Machine, *, restart: bool = False) -> None:
     """See whether the run could begin, and change nothing."""
-    from job import claim, cluster, launch, paths, storage
+    from job import claim, cluster, launch, paths, publish, storage
 
     config = machine.config
     gpus = cluster.gpus(machine.environ)
@@ -273,12 +273,11 @@ def look(machine: cli.Machine, *, restart: bool = False) -> None:
     if gpus:
         launch.check_environment(config, machine.environ)
     store = storage.connect(config.run.url)
-    if not restart:
-        claim.agree(store, config)
+    trained = not restart and publish.trained(store, claim.agree(store, config))
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
     cache = cli.cache(config, machine.environ)
     cache.check()
-    ready(Here(machine, store, cache, team, cluster.Alone(), None), look=True)
+    ready(Here(machine, store, cache, team, cluster.Alone(), None), trained=trained, look=True)
 
 
 def _over(store: "Store", cache: "Cache", config: "Config", began: int, notice: preemption.Notice) -> bool:

@@ -28,6 +28,8 @@ def plan(settings: config.Config, base: Path, team: Team, memory: int | None) ->
     """
     sizes = footprint.ask(settings, base)
     chosen = strategy.place(settings, sizes, team, memory)
+    if sizes is None:
+        return Plan(chosen)
     need = strategy.estimate(settings, sizes)
     check_host_memory(settings, need, chosen, cluster.free_memory())
     # the newest checkpoint and the one being written or the best one; the adapter as trained and as
