@@ -260,13 +260,17 @@ def test_copies_of_the_state_need_host_memory(tmp_path: Path) -> None:
     )
     copies, base = 3 * 12 * sizes.trained, need.base / 2
 
-    planning.check_host_memory(read, need, team, int(copies + base) + 1)
-    told = r"up to 3 copies of the training state, of 9\.9 GB each, .* and 19\.\d GB of the base .* has 49\.\d GB free"
+    fits = int(copies + base) + 1
+    planning.check_host_memory(read, need, team, fits, fits)
+    told = r"up to 3 copies of the training state, of 9\.9 GB each, .* and 19\.\d GB of the base .* has 49\.\d GB"
     with pytest.raises(errors.ConfigError, match=told):
-        planning.check_host_memory(read, need, team, int(copies + base) - 1)
+        planning.check_host_memory(read, need, team, fits - 2, fits - 2)
+    with pytest.raises(errors.HostMemoryError, match=r"has 49\.\d GB of its 64\.0 GB free: end what else uses"):
+        planning.check_host_memory(read, need, team, fits - 2, 64 * 10**9)
 
     last, _ = sized("Llama-3.1-70B-Instruct", tmp_path, train={**train, "keep_best": False}, **more)
-    planning.check_host_memory(last, need, team, int(copies * 2 / 3 + base) + 1)
+    fits = int(copies * 2 / 3 + base) + 1
+    planning.check_host_memory(last, need, team, fits, fits)
     assert (checkpoint.most_copies(keep_best=True), checkpoint.most_copies(keep_best=False)) == (
         3,
         2,

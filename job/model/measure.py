@@ -32,6 +32,7 @@ _CHOSEN = (
     "top_k_experts",
     "experts_per_token",
 )
+_UNKNOWN = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # of a size that cannot be read
 _UNUSABLE = (
     OSError,
     ValueError,
@@ -50,7 +51,7 @@ def main(folder: str) -> None:
         footprint.write(place, measure(place, config.check(tree, config.Places("the job", {}))))
     except errors.PermanentError as e:
         footprint.write(place, e)
-    except _UNUSABLE as e:  # a config in a form that nobody has seen is no reason to refuse a run
+    except _UNKNOWN as e:  # a config in a form that nobody has seen is no reason to refuse a run
         footprint.write(place, f"{type(e).__name__}: {e}")
 
 
