@@ -57,8 +57,6 @@ def story(machine: cli.Machine, *, restart: bool = False) -> None:
         log.event("cluster.spare", "another process of this machine does the work, and starts those it needs")
         return
     team = launch.team(settings, where, len(gpus))
-    if gpus:
-        launch.check_environment(settings, machine.environ)
     store, cache = storage.connect(settings.run.url), cli.cache(settings, machine.environ, where.rank)
     if not restart and _over(store, cache, settings, claim.agree(store, settings), notice):
         return
@@ -134,20 +132,32 @@ def ready(here: Here, *, trained: bool = False, helps: bool = False, look: bool 
     """
     from job import cluster, launch, pull
 
-    config, environ = here.machine.config, here.machine.environ
-    gpus = cluster.gpus(environ)
-    plan = launch.Plan(launch.place(config, None, here.team, None))
-    if not trained:
-        launch.check_hardware(config, gpus, environ)
-    if not trained and not helps:  # a node that helps checks it when it hears that there is training to do
-        launch.check_machine(environ, here.cache.kernels())
+    config, gpus = here.machine.config, cluster.gpus(here.machine.environ)
+    trains = not trained and not helps  # a node that helps hears later whether there is training to do
+    if trains:
+        check_training_machine(here)
     found = pull.survey(config, trained=trained, helps=helps)
-    if gpus and not trained and not helps:
+    plan = launch.Plan(here.team)
+    if trains and gpus:
         with tempfile.TemporaryDirectory() as folder:
             found.outline(Path(folder), code=config.model.trust_remote_code)
             plan = launch.plan(config, Path(folder), here.team, cluster.memory(gpus))
+    elif trains:
+        plan = launch.Plan(launch.place(config, None, here.team, None))
     pull.preflight(config, here.cache, here.machine.after, found, scratch=plan.scratch, look=look, helps=helps)
     return dataclasses.replace(here, team=plan.team)
+
+
+def check_training_machine(here: Here) -> None:
+    """Raise if training cannot run on this machine: its GPUs, its driver, its compiler, its environment."""
+    from job import cluster, launch
+
+    config, environ = here.machine.config, here.machine.environ
+    gpus = cluster.gpus(environ)
+    if gpus:
+        launch.check_environment(config, environ)
+    launch.check_hardware(config, gpus, environ)
+    launch.check_machine(environ, here.cache.kernels())
 
 
 def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
@@ -224,7 +234,7 @@ def help_out(here: Here) -> None:
     log_file = log.to_file(cache.log(), anew=True)
     told = first.hear()
     if "pull" in told:
-        launch.check_machine(machine.environ, cache.kernels())
+        check_training_machine(here)
         log.phase("pull")
         base = convert.native(pull.base(config.model.base, cache), cache, machine.after)
         told = first.hear()
@@ -265,20 +275,17 @@ def help_out(here: Here) -> None:
 
 def look(machine: cli.Machine, *, restart: bool = False) -> None:
     """See whether the run could begin, and change nothing."""
-    from job import claim, cluster, launch, paths, storage
+    from job import claim, cluster, launch, paths, publish, storage
 
     config = machine.config
     gpus = cluster.gpus(machine.environ)
     team = launch.team(config, cluster.discover(machine.environ), len(gpus))
-    if gpus:
-        launch.check_environment(config, machine.environ)
     store = storage.connect(config.run.url)
-    if not restart:
-        claim.agree(store, config)
+    trained = not restart and publish.trained(store, claim.agree(store, config))
     storage.checked(store, paths.PROBE, required=config.run.conditional_writes == "required")
     cache = cli.cache(config, machine.environ)
     cache.check()
-    ready(Here(machine, store, cache, team, cluster.Alone(), None), look=True)
+    ready(Here(machine, store, cache, team, cluster.Alone(), None), trained=trained, look=True)
 
 
 def _over(store: "Store", cache: "Cache", config: "Config", began: int, notice: preemption.Notice) -> bool:

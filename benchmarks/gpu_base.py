@@ -68,7 +68,7 @@ def write_records(path: Path, count: int, longest: int) -> None:
     lines = []
     for number in range(count):
         length = longest - 48 if number % 2 else longest // 4
-        words = "".join(draw.choices("abcdefgh ", k=max(8, length - 16)))
+        words = "".join(draw.choices("abcdefgh ", k=max(8, (length - 24) * 4 // 5)))
         record: dict[str, Any] = {"instruction": f"{number}: {words[: len(words) // 4]}", "output": words}
         lines.append(json.dumps(record) + "\n")
     path.write_text("".join(lines), encoding="utf-8")

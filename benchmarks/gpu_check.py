@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpu_scale import SCALES  # noqa: E402 - after the path
+from gpu_scale import PROGRESS, SCALES  # noqa: E402 - after the path
 
 RESULTS = "gpu_check.jsonl"
 _CUDA_ENVIRONMENT = {  # before CUDA starts, as the job sets them for its workers
@@ -49,17 +49,18 @@ class Part:
 
 
 PARTS = (
-    Part("gpu_kernels", "check_machine", 60, "versions, driver, compute capability, compiler"),
+    Part("gpu_kernels", "check_machine", 120, "versions, driver, compute capability, compiler"),
     Part("gpu_kernels", "check_copy_kernels", 30, "which dtypes the sharding kernels keep bit by bit"),
     Part("gpu_kernels", "check_gathered_block", 30, "4-bit weights after FSDP2's copies"),
     Part("gpu_kernels", "check_compiler", 60, "whether the loss needs a C compiler"),
     Part("gpu_kernels", "check_loss_kernel", 60, "the loss kernel against full logits in float64"),
-    Part("gpu_runs", "check_tests", 120, "tests/test_gpu.py"),
     Part("gpu_kernels", "check_determinism", 120, "the same step twice, bit by bit, and its cost"),
-    Part("gpu_runs", "check_resume", 200, "a stopped run against an undisturbed one, bit by bit"),
+    Part("gpu_runs", "check_resume_packed", 150, "a stopped run against an undisturbed one, bit by bit"),
+    Part("gpu_runs", "check_resume_padded", 150, "the same with padded batches"),
     Part("gpu_kernels", "check_speed", 120, "tokens/s, memory and kernel time of one micro batch"),
-    Part("gpu_runs", "check_float16", 120, "the loss scaler of float16, also across a resume"),
     Part("gpu_runs", "check_merge", 150, "merge, verification and generation"),
+    Part("gpu_runs", "check_float16", 120, "the loss scaler of float16, also across a resume"),
+    Part("gpu_runs", "check_tests", 180, "tests/test_gpu.py"),
 )
 
 
@@ -73,12 +74,12 @@ class Results:
         path.write_text("", encoding="utf-8")
 
     def add(self, name: str, outcome: str, seconds: float, figures: dict[str, Any]) -> None:
-        """Keep how the part called `name` ended: passed, failed, skipped, or not reached."""
+        """Keep how the part called `name` ended: passed, failed, skipped, cut off by the total time, or not reached."""
         line = {"part": name, "outcome": outcome, "seconds": round(seconds, 1), **figures}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)  # noqa: T201 - the result
-        if outcome == "failed":
+        if outcome in ("failed", "cut off"):
             self.failed.append(name)
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if results.failed:
-        sys.exit(f"failed: {', '.join(results.failed)}; {options.out / RESULTS} has the figures")
+        sys.exit(f"cut off or failed: {', '.join(results.failed)}; {options.out / RESULTS} has the figures")
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -155,13 +156,16 @@ def _run_worker(parts: Sequence[Part], device: str, work: Path, ends: float, res
             seconds = time.monotonic() - begun
             if answer is None:
                 _kill_group(process)
-                results.add(part.name, "failed", seconds, _explain(process, limit, log))
+                cut = limit < part.seconds and seconds >= limit
+                figures = {**_read_progress(work), **_explain(process, limit, log)}
+                results.add(part.name, "cut off" if cut else "failed", seconds, figures)
                 return number
             outcome = answer.pop("outcome")
             results.add(part.name, outcome, seconds, answer)
             if outcome == "failed":  # a fault of CUDA stays in its process
                 _kill_group(process)
                 return number
+        _kill_group(process)  # which may hang when CUDA ends
     return len(parts)
 
 
@@ -204,6 +208,16 @@ def _kill_group(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
+def _read_progress(work: Path) -> dict[str, Any]:
+    """Return the rows that a part had measured before it was lost."""
+    progress = work / PROGRESS
+    if not progress.exists():
+        return {}
+    lines = progress.read_text(encoding="utf-8").splitlines()
+    progress.unlink()
+    return {"rows": [json.loads(line) for line in lines]}
+
+
 def _explain(process: "subprocess.Popen[str]", limit: float, log: Path) -> dict[str, Any]:
     """Return what is known of a part whose worker gave no answer."""
     words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
@@ -218,8 +232,9 @@ def _work(names: Sequence[str], device: str, work: Path) -> None:
     for part in PARTS:
         if part.name not in names:
             continue
-        check = getattr(importlib.import_module(part.module), part.function)
+        (work / PROGRESS).unlink(missing_ok=True)
         try:
+            check = getattr(importlib.import_module(part.module), part.function)
             figures = check(SCALES[device], work)
             outcome = "skipped" if "skipped" in figures else "passed"
         except Exception as e:  # noqa: BLE001 - whatever a part raises is its result

@@ -1,6 +1,7 @@
 """Kernels and single steps on one device: copies, the loss, determinism, speed and memory."""
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -15,7 +16,7 @@ import bitsandbytes as bnb
 import torch
 import torch.distributed.fsdp  # registers torch.ops.fsdp
 from gpu_base import make_base
-from gpu_scale import Scale
+from gpu_scale import PROGRESS, Scale
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
@@ -189,7 +190,9 @@ def _compute_gradients(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -
     torch.manual_seed(0)  # for the dropout
     _synchronize()
     begun = time.monotonic()
-    (-model(**batch, fused_lm_head=True).log_probs.sum()).backward()
+    with torch.autocast(batch["labels"].device.type, torch.bfloat16):  # as accelerate does it for bf16
+        loss = -model(**batch, fused_lm_head=True).log_probs.sum()
+    loss.backward()
     _synchronize()
     seconds = time.monotonic() - begun
     return {
@@ -200,19 +203,36 @@ def _compute_gradients(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -
 
 
 def check_speed(scale: Scale, work: Path) -> dict[str, Any]:
-    """Measure tokens/s, peak memory and the share of kernel time for micro batches of real size."""
-    begun = time.monotonic()
-    model = _adapt(_load(make_base(scale, scale.layers, work), _RECIPE))
-    _synchronize()
+    """Measure tokens/s and peak memory of micro batches for two numbers of layers, and then where the time goes.
+
+    Both grow by the same amount for each layer, so the rows give those of a model of any depth.
+    """
     rows = []
-    for packed in (False, True):
-        for micro_batch in scale.micro_batches:
-            batch = _make_batch(scale, micro_batch, scale.lengths[-1] // 2, packed=packed)
-            try:
-                rows.append(_measure(model, batch) | {"micro_batch": micro_batch, "packed": packed})
-            except torch.OutOfMemoryError as e:
-                rows.append({"micro_batch": micro_batch, "packed": packed, "error": str(e)[:200]})
-    return {"load_seconds": round(time.monotonic() - begun, 1), "micro_batches": rows}
+    for layers in dict.fromkeys((scale.few_layers, scale.layers)):
+        model = _adapt(_load(make_base(scale, layers, work), _RECIPE))
+        for packed in (False, True):
+            for micro_batch in scale.micro_batches:
+                batch = _make_batch(scale, micro_batch, scale.lengths[-1] // 2, packed=packed)
+                row = {"layers": layers, "micro_batch": micro_batch, "packed": packed}
+                try:
+                    rows.append(row | _measure(model, batch))
+                except torch.OutOfMemoryError as e:
+                    rows.append(row | {"error": str(e)[:200]})
+                _keep_row(work, rows[-1])
+        row = {"layers": layers, "profiled": True}
+        try:
+            rows.append(row | _profile(model, _make_batch(scale, 2, scale.lengths[-1] // 2, packed=False)))
+        except RuntimeError as e:  # such as a driver that lets nobody look
+            rows.append(row | {"error": str(e)[:200]})
+        _keep_row(work, rows[-1])
+        del model
+    return {"rows": rows}
+
+
+def _keep_row(work: Path, row: dict[str, Any]) -> None:
+    """Write a row down at once, so that it is kept if the time is over before the part is."""
+    with (work / PROGRESS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _measure(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -221,18 +241,24 @@ def _measure(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str
         torch.cuda.reset_peak_memory_stats()
     _, seconds = _compute_gradients(model, batch)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    tokens = int((batch["labels"] != IGNORED).sum())
+    return {
+        "tokens_per_second": round(tokens / seconds, 1),
+        "seconds": round(seconds, 4),
+        "peak_gib": round(peak / 2**30, 2),
+    }
+
+
+def _profile(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
-        _, profiled = _compute_gradients(model, batch)
+        _, seconds = _compute_gradients(model, batch)
     events = profiler.key_averages()
     kernels = sum(event.self_device_time_total for event in events) / 1e6
-    tokens = int((batch["labels"] != IGNORED).sum())
     return {
-        "tokens_per_second": round(tokens / seconds, 1),
-        "peak_gib": round(peak / 2**30, 2),
-        "kernel_share": round(kernels / profiled, 3),
+        "kernel_share": round(kernels / seconds, 3),
         "operations": sum(event.count for event in events),
     }
 

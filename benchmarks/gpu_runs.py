@@ -47,7 +47,7 @@ class Start:
 def check_tests(scale: Scale, work: Path) -> dict[str, Any]:
     """Run the tests that need a GPU; on a CPU they skip themselves."""
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "100",
+        sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "--timeout", "100",
         f"--basetemp={work / 'pytest'}", "tests/test_gpu.py", "tests/test_packed_weights.py",
         "-k", "not same_bits and not gather",  # check_resume and check_gathered_block do these
     ]  # fmt: skip
@@ -60,27 +60,33 @@ def check_tests(scale: Scale, work: Path) -> dict[str, Any]:
     return {"summary": summary[-1]}
 
 
-def check_resume(scale: Scale, work: Path) -> dict[str, Any]:
+def check_resume_padded(scale: Scale, work: Path) -> dict[str, Any]:
     """Stop a QLoRA run and start it again; adapter and losses must be those of an undisturbed run."""
-    figures: dict[str, Any] = {}
-    for packing in scale.packing:
-        kind = "packed" if packing else "padded"
-        whole = _write_config(scale, work / f"whole-{kind}", _base(scale, work), packing=packing)
-        stopped = _write_config(scale, work / f"stopped-{kind}", _base(scale, work), packing=packing)
-        undisturbed = _start(whole)
-        undisturbed.require(0)
-        first = _start(stopped, stop_at=scale.stop_at)
-        first.require(_STOPPED)
-        second = _start(stopped)
-        second.require(0)
-        _require_equal_runs(whole.parent / "run", stopped.parent / "run")
-        figures[kind] = {
-            "undisturbed_seconds": round(undisturbed.seconds, 1),
-            "resumed_seconds": round(second.seconds, 1),
-            "tokens_per_second": undisturbed.last("train.metrics", "tokens_per_second"),
-            "memory_gb": undisturbed.last("train.metrics", "memory_gb"),
-        }
-    return figures
+    return _compare_stopped_run(scale, work, packing=False)
+
+
+def check_resume_packed(scale: Scale, work: Path) -> dict[str, Any]:
+    """Do the same with several examples in each sequence."""
+    return _compare_stopped_run(scale, work, packing=True)
+
+
+def _compare_stopped_run(scale: Scale, work: Path, *, packing: bool) -> dict[str, Any]:
+    kind = "packed" if packing else "padded"
+    whole = _write_config(scale, work / f"whole-{kind}", _base(scale, work), packing=packing)
+    stopped = _write_config(scale, work / f"stopped-{kind}", _base(scale, work), packing=packing)
+    undisturbed = _start(whole)
+    undisturbed.require(0)
+    first = _start(stopped, stop_at=scale.stop_at)
+    first.require(_STOPPED)
+    second = _start(stopped)
+    second.require(0)
+    _require_equal_runs(whole.parent / "run", stopped.parent / "run")
+    return {
+        "undisturbed_seconds": round(undisturbed.seconds, 1),
+        "resumed_seconds": round(second.seconds, 1),
+        "tokens_per_second": undisturbed.last("train.metrics", "tokens_per_second"),
+        "memory_gb": undisturbed.last("train.metrics", "memory_gb"),
+    }
 
 
 def _require_equal_runs(one: Path, other: Path) -> None:
@@ -124,7 +130,7 @@ def check_merge(scale: Scale, work: Path) -> dict[str, Any]:
     merged.require(0)
     answered = _call(
         "generate", "--base", out, "--prompt", "abc", "--max-tokens", 8, "--temperature", 0,
-        "--cache", made.parent / "cache",
+        "--cache", work / "cache",
     )  # fmt: skip
     answered.require(0)
     phases = [each for each in merged.events if each.get("event", "").startswith("examine")]
@@ -155,7 +161,7 @@ def _write_config(
     write_records(folder / "train.jsonl", 4 * steps, longest)
     write_records(folder / "eval.jsonl", 4, longest // 2)
     tree = {
-        "run": {"name": "gpu-check", "url": str(folder / "run"), "cache": str(folder / "cache")},
+        "run": {"name": "gpu-check", "url": str(folder / "run"), "cache": str(folder.parent / "cache")},
         "model": {"base": str(base), "quantization": "nf4", "compute_dtype": compute_dtype},
         "data": {
             "train": [str(folder / "train.jsonl")],
@@ -175,7 +181,7 @@ def _write_config(
         },
         "checkpoint": {"every_minutes": 10},
         "merge": {"enabled": False},
-        "examine": {"minutes": 1, "tokens": 16, "prompts": 1},
+        "examine": {"minutes": 0},  # `check_merge` verifies
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+PROGRESS = "progress.jsonl"  # in the work folder: rows of a part that is not done yet
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -14,20 +16,18 @@ class Scale:
     kv_heads: int
     vocabulary: int
     layers: int
-    """Of the model whose speed and memory are measured."""
+    """Of the model whose speed and memory are measured; with `few_layers` it gives those of any number of layers."""
     few_layers: int
     """Of the models whose bits are compared."""
     lengths: tuple[int, ...]
     """Tokens of the sequences."""
     micro_batches: tuple[int, ...]
-    packing: tuple[bool, ...]
-    """How examples are laid out in the runs that are stopped."""
     steps: int
     stop_at: int
     """The step after which the run is stopped."""
 
 
 SCALES = {  # on the GPU the shape of Qwen2.5-7B
-    "cuda": Scale("cuda", 3584, 18944, 28, 4, 152064, 28, 4, (512, 2048), (2, 8, 16), (False, True), 30, 12),
-    "cpu": Scale("cpu", 64, 128, 4, 2, 512, 2, 2, (48, 160), (1, 2), (True,), 6, 2),
+    "cuda": Scale("cuda", 3584, 18944, 28, 4, 152064, 8, 4, (512, 2048), (2, 8, 16), 30, 12),
+    "cpu": Scale("cpu", 64, 128, 4, 2, 512, 2, 2, (48, 160), (1, 2), 6, 2),
 }

@@ -12,11 +12,11 @@ import shapes
 import torch
 from conftest import ROOT
 from test_families import random_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from job import checkpoint, config, errors, inputs, launch
 from job.launch import planning, strategy
-from job.model import footprint, lora, measure, weights
+from job.model import footprint, load_size, lora, measure, parts, weights
 from job.model.footprint import Footprint
 
 GIB = 2**30
@@ -260,13 +260,17 @@ def test_copies_of_the_state_need_host_memory(tmp_path: Path) -> None:
     )
     copies, base = 3 * 12 * sizes.trained, need.base / 2
 
-    planning.check_host_memory(read, need, team, int(copies + base) + 1)
-    told = r"up to 3 copies of the training state, of 9\.9 GB each, .* and 19\.\d GB of the base .* has 49\.\d GB free"
+    fits = int(copies + base) + 1
+    planning.check_host_memory(read, need, team, fits, fits)
+    told = r"up to 3 copies of the training state, of 9\.9 GB each, .* and 19\.\d GB of the base .* has 49\.\d GB"
     with pytest.raises(errors.ConfigError, match=told):
-        planning.check_host_memory(read, need, team, int(copies + base) - 1)
+        planning.check_host_memory(read, need, team, fits - 2, fits - 2)
+    with pytest.raises(errors.HostMemoryError, match=r"has 49\.\d GB of its 64\.0 GB free: end what else uses"):
+        planning.check_host_memory(read, need, team, fits - 2, 64 * 10**9)
 
     last, _ = sized("Llama-3.1-70B-Instruct", tmp_path, train={**train, "keep_best": False}, **more)
-    planning.check_host_memory(last, need, team, int(copies * 2 / 3 + base) + 1)
+    fits = int(copies * 2 / 3 + base) + 1
+    planning.check_host_memory(last, need, team, fits, fits)
     assert (checkpoint.most_copies(keep_best=True), checkpoint.most_copies(keep_best=False)) == (
         3,
         2,
@@ -316,3 +320,39 @@ def test_a_process_that_dies_is_no_model_that_is_wrong(tmp_path: Path) -> None:
         footprint.ask(shapes.settings(), tmp_path)
 
     assert e.value.status == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "largest"), [(4096, 4096), ([1536, 512], 1536), ((8, [16, 2]), 16), (None, 0), ([], 0)], ids=str
+)
+def test_a_size_that_differs_from_layer_to_layer_is_its_largest(value: object, largest: int) -> None:
+    """Gemma 3n lists the width of each layer's MLP, Hunyuan and ERNIE the experts of a token."""
+    assert parts.largest(value) == largest
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "hunyuan_v1_moe", "ernie4_5_moe"])
+def test_families_with_lists_in_their_configs_are_sized_up(family: str) -> None:
+    """As published: their own defaults, and a list of experts for each layer where the family takes one."""
+    model_config = AutoConfig.for_model(family)
+    if family == "hunyuan_v1_moe":
+        model_config.moe_topk = [2] * model_config.num_hidden_layers
+        model_config.moe_intermediate_size = [1024] * model_config.num_hidden_layers
+
+    wide, experts = measure._active_width(model_config, model_config.hidden_size)
+
+    assert wide >= model_config.hidden_size / 2
+    assert experts == {"gemma3n_text": 0, "hunyuan_v1_moe": 2}.get(family, experts)
+    assert load_size._widest(torch.nn.Linear(1, 1), model_config) >= model_config.hidden_size
+
+
+def test_a_model_that_cannot_be_sized_up_is_no_reason_to_refuse_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    """A config in a form that nobody has seen costs the estimate, and the log says so; nothing is started again."""
+    read, _ = sized("Qwen3-30B-A3B", tmp_path)
+    (tmp_path / footprint.SETTINGS).write_text(read.model_dump_json())
+    monkeypatch.setattr(measure, "measure", lambda *_: int([]))  # type: ignore[call-overload]
+    measure.main(str(tmp_path))
+
+    assert footprint.read(tmp_path) is None
+    assert "cannot estimate the memory of this model" in said()

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 KERNELS = ["machine", "copy-kernels", "gathered-block", "compiler", "loss-kernel", "determinism", "speed"]
-RUNS = ["resume", "float16", "merge"]
+RUNS = ["resume-packed", "resume-padded", "merge", "float16"]
 
 
 def run_check(out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
@@ -49,12 +49,12 @@ def test_every_whole_job_check_passes_on_the_cpu(tmp_path: Path) -> None:
 
 def test_a_part_that_takes_too_long_does_not_take_the_others_with_it(tmp_path: Path) -> None:
     """It fails with what is known of it, what was found before stays, and what is left is called not reached."""
-    ended = run_check(tmp_path, "--parts", "machine", "resume", "merge", "--minutes=0.4")
+    ended = run_check(tmp_path, "--parts", "machine", "resume-packed", "merge", "--minutes=0.4")
 
     assert ended.returncode != 0
-    assert "failed: " in ended.stderr
+    assert "cut off or failed: resume-packed" in ended.stderr
     outcomes = {name: line["outcome"] for name, line in read_results(tmp_path).items()}
-    assert outcomes.keys() == {"machine", "resume", "merge"}
+    assert outcomes.keys() == {"machine", "resume-packed", "merge"}
     assert outcomes["merge"] == "not reached"
-    assert "failed" in outcomes.values()
+    assert outcomes["resume-packed"] == "cut off"
     assert not list(tmp_path.glob("gpu-check-*"))

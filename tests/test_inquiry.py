@@ -255,12 +255,19 @@ def test_answers_end_when_the_time_is_over_with_a_token_at_least(tiny_model: Pat
         (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "gpu"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ValueError("it lacks 1 weights, such as model.norm.weight"), None),
+        (RuntimeError("cannot read /home/nvidia/cuda-cache/model.safetensors"), None),
     ],
     ids=str,
 )
-def test_a_fault_of_a_gpu_says_nothing_about_the_model(error: Exception, kind: str | None) -> None:
-    """It is looked at elsewhere then; any other error is the model's."""
+def test_a_fault_of_a_gpu_says_nothing_about_the_model(
+    error: Exception, kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at elsewhere then; any other error is the model's, and without a GPU there is no such fault."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert plain._kind(error) == kind
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plain._kind(error) == (kind if kind == "memory" else None)
 
 
 def test_a_program_that_was_killed_is_started_again_when_it_is_asked(

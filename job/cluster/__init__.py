@@ -14,6 +14,7 @@ from job.cluster.hardware import (
     interface,
     memory,
     memory_in_use,
+    total_memory,
 )
 from job.cluster.line import Asked, Lost, listen
 from job.cluster.node import Node, discover
@@ -41,6 +42,7 @@ __all__ = [
     "memory_limit",
     "oom_kills",
     "read_code",
+    "total_memory",
 ]
 
 

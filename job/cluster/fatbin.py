@@ -20,7 +20,6 @@ _BINARY = struct.Struct("<IHHQ")  # magic, version, bytes of this header, of the
 # kind, version, bytes of this header, of the image, four fields more, architecture
 _IMAGE = struct.Struct("<HHIQIIHHI")
 _PTX, _CUBIN = 1, 2  # kinds of images: text for any newer GPU, and code for one architecture
-_ALIGNMENT = 8  # of fat binaries in their section
 
 Capability = tuple[int, int]
 
@@ -75,7 +74,9 @@ def _fat_binaries(data: mmap.mmap) -> Iterator[list[tuple[int, int]]]:
         while place + _BINARY.size <= start + size:
             magic, _, header, length = _BINARY.unpack_from(data, place)
             if magic != _MAGIC:
-                place += _ALIGNMENT
+                place = data.find(_MAGIC.to_bytes(4, "little"), place + 1, start + size)
+                if place < 0:
+                    return
                 continue
             end = min(place + header + length, len(data))
             yield list(_images(data, place + header, end))

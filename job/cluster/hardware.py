@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from job import errors, log
+from job.cluster.cgroup import memory_limit
 
 _CGROUP = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY = Path("/sys/fs/cgroup/memory.max")
@@ -71,6 +72,12 @@ def free_memory(limit: Path = _MEMORY) -> int:
     lines = stat.read_text("ascii").splitlines() if stat.exists() else []
     cached = sum(int(line.split()[1]) for line in lines if line.split()[0] in _CACHED)
     return max(0, min(free, int(told) - max(0, used - cached)))
+
+
+def total_memory() -> int:
+    """Return the bytes of host memory that there are, or fewer by what this process or its container may have."""
+    limits = [psutil.virtual_memory().total, memory_limit(), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    return min(int(limit) for limit in limits if limit is not None and limit != resource.RLIM_INFINITY)
 
 
 def memory(gpus: tuple[str, ...]) -> int | None:

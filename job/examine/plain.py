@@ -49,16 +49,10 @@ SENTENCES = (
     "你好，世界。 Grüße aus München! Привет, мир 🙂",
 )
 _OFFLINE = {"local_files_only": True}
-_OF_GPU = (
-    "cuda",
-    "cublas",
-    "cudnn",
-    "cusolver",
-    "nccl",
-    "triton",
-    "device-side",
-    "nvrtc",
-    "nvidia",
+# What libraries begin their errors with, and not any mention: a path may have "cuda" in it.
+_OF_GPU = re.compile(
+    r"AcceleratorError|CUDA(?: driver)? error|CU(?:BLAS|DNN|SOLVER)_STATUS|cuDNN error|cusolver error"
+    r"|Cuda failure|NCCL error|Triton Error|nvrtc: error|device-side assert"
 )
 Network: TypeAlias = Any  # each family has a class of its own
 
@@ -346,9 +340,9 @@ def _kind(error: Exception) -> str | None:
     """Return ``memory`` or ``gpu`` for faults that say nothing about the model; else None."""
     if _of_memory(error):
         return "memory"
-    told = f"{type(error).__name__}: {error}".lower()
-    of_gpu = isinstance(error, RuntimeError) and any(each in told for each in _OF_GPU)
-    return "gpu" if of_gpu else None
+    if not torch.cuda.is_available() or not isinstance(error, RuntimeError):
+        return None
+    return "gpu" if _OF_GPU.search(f"{type(error).__name__}: {error}") else None
 
 
 def _of_memory(error: Exception) -> bool:

@@ -47,6 +47,7 @@ class Program:
             stdin=subprocess.PIPE,
             stdout=self._errors,
             stderr=self._errors,
+            start_new_session=True,  # Ctrl-C and signals to the whole group are for the job; end of input ends this
         )
 
     def ask(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from job import cluster, errors
+from job import cluster, errors, log
 from job.cluster import Node
 from job.config import Config
 from job.inputs import Team
@@ -84,9 +84,19 @@ def environment(
 
 
 def check_environment(settings: Config, environ: Mapping[str, str]) -> None:
-    """Raise `errors.ConfigError` if a variable of the user contradicts `train.deterministic`."""
+    """Raise `errors.ConfigError` if a variable of the user makes `train.deterministic` impossible.
+
+    Warn if one only weakens it.
+    """
     if not settings.train.deterministic:
         return
+    for name in ("FLASH_ATTENTION_DETERMINISTIC", "NCCL_NVLS_ENABLE"):
+        if environ.get(name, _DETERMINISTIC[name]) != _DETERMINISTIC[name]:
+            log.warn(
+                "launch.nondeterministic",
+                f"{name} is {environ[name]}: with it a resumed run may end with other bits although "
+                "train.deterministic is true. Unset it to keep that promise",
+            )
     workspace = environ.get("CUBLAS_WORKSPACE_CONFIG", _REPRODUCIBLE_WORKSPACES[0])
     if workspace not in _REPRODUCIBLE_WORKSPACES:
         raise errors.ConfigError(

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job import errors
+from job import errors, log
 from job.config import Config
 
 SETTINGS, TENSORS = "settings.json", "tensors.json"  # beside the config.json
 _RESULT = "footprint.json"
 _ROOT = Path(__file__).parents[2]
 _PROGRAM = """
-import logging, sys
+import logging, os, sys
+os.environ["HF_MODULES_CACHE"] = os.path.join(sys.argv[1], "modules")  # code of the base leaves nothing behind
 logging.disable(logging.WARNING)  # what there is to warn of is said again when the model is loaded
 from job.model.measure import main
 main(sys.argv[1])
@@ -79,7 +80,7 @@ def describe_unquantized(weights: int, unquantized: Mapping[str, int]) -> str:
     return f"{count} of {_in_billions(weights)} weights are not quantized: {kinds}"
 
 
-def ask(settings: Config, folder: Path) -> Footprint:
+def ask(settings: Config, folder: Path) -> Footprint | None:
     """Count in another process what the model would consist of whose config.json is in `folder`.
 
     If the base comes quantized, `tensors.json` there has the dtype and shape of every tensor in its
@@ -108,18 +109,33 @@ def ask(settings: Config, folder: Path) -> Footprint:
     return read(folder)
 
 
-def read(folder: Path) -> Footprint:
-    """Return what `write` has written; raises `errors.ModelError` if that is an error."""
+def read(folder: Path) -> Footprint | None:
+    """Return what `write` has written, None with a warning if the model could not be sized up.
+
+    Raises `errors.ModelError` if the model or its targets cannot be used.
+    """
     result: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
     if "error" in result:
         raise errors.ModelError(result["error"])
+    if "unknown" in result:
+        log.warn(
+            "model.unsized",
+            f"cannot estimate the memory of this model from its config.json ({result['unknown']}): whether it fits "
+            "shows when it is loaded",
+        )
+        return None
     return Footprint(**result)
 
 
-def write(folder: Path, result: Footprint | errors.PermanentError) -> None:
-    """Write a footprint, or why there is none, for the process that asked."""
-    told = dataclasses.asdict(result) if isinstance(result, Footprint) else {"error": str(result)}
-    (folder / _RESULT).write_text(json.dumps(told), encoding="utf-8")
+def write(folder: Path, result: Footprint | errors.PermanentError | str) -> None:
+    """Write for the process that asked: a footprint, an error of the user's, or why there is no estimate."""
+    if isinstance(result, Footprint):
+        answer: dict[str, Any] = dataclasses.asdict(result)
+    elif isinstance(result, str):
+        answer = {"unknown": result}
+    else:
+        answer = {"error": str(result)}
+    (folder / _RESULT).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def _in_billions(count: int) -> str:

@@ -177,7 +177,7 @@ def place(
 
 def check_packed(base: Path, scheme: str, free: int) -> None:
     """Raise `errors.ConfigError` if a base that comes quantized does not fit on one GPU."""
-    need = sum(path.stat().st_size for path in base.glob("*.safetensors")) * ROOM + CONTEXT
+    need = sum(path.stat().st_size for path in pieces.weight_files(base)) * ROOM + CONTEXT
     if need > free:
         raise errors.ConfigError(too_small(need, scheme, [free]))
 
@@ -218,20 +218,20 @@ def _packed_size(weight: nn.Parameter, module: nn.Module, *, double: bool) -> fl
 
 def _widest(network: PreTrainedModel, text: PretrainedConfig) -> int:
     """Return the numbers of the widest activation of one token, logits aside."""
-    hidden = int(getattr(text, "hidden_size", 0) or 0)
-    wide = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
-    experts = int(getattr(text, "num_experts_per_tok", 0) or 0)
-    expert = int(getattr(text, "moe_intermediate_size", 0) or wide)
+    hidden = parts.largest(getattr(text, "hidden_size", None))
+    wide = parts.largest(getattr(text, "intermediate_size", None)) or 4 * hidden
+    experts = parts.largest(getattr(text, "num_experts_per_tok", None))
+    expert = parts.largest(getattr(text, "moe_intermediate_size", None)) or wide
     found = max(hidden, wide, experts * expert)
     return found or max(parameter.shape[-1] for parameter in network.parameters())
 
 
 def _cache(text: PretrainedConfig, dtype: torch.dtype) -> float:
-    heads = int(getattr(text, "num_attention_heads", 0) or 0)
-    groups = int(getattr(text, "num_key_value_heads", 0) or heads)
-    hidden = int(getattr(text, "hidden_size", 0) or 0)
-    head = int(getattr(text, "head_dim", 0) or hidden // max(1, heads))
-    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    heads = parts.largest(getattr(text, "num_attention_heads", None))
+    groups = parts.largest(getattr(text, "num_key_value_heads", None)) or heads
+    hidden = parts.largest(getattr(text, "hidden_size", None))
+    head = parts.largest(getattr(text, "head_dim", None)) or hidden // max(1, heads)
+    layers = parts.largest(getattr(text, "num_hidden_layers", None))
     return float(2 * layers * groups * head * dtype.itemsize)
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from job import config, errors
-from job.model import footprint, lora, pieces, weights
+from job.model import footprint, lora, parts, pieces, weights
 from job.model.footprint import Footprint
 from job.model.prequantized import PACKED, Scheme
 
@@ -32,6 +32,7 @@ _CHOSEN = (
     "top_k_experts",
     "experts_per_token",
 )
+_UNKNOWN = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # of a size that cannot be read
 _UNUSABLE = (
     OSError,
     ValueError,
@@ -50,6 +51,8 @@ def main(folder: str) -> None:
         footprint.write(place, measure(place, config.check(tree, config.Places("the job", {}))))
     except errors.PermanentError as e:
         footprint.write(place, e)
+    except _UNKNOWN as e:  # a config in a form that nobody has seen is no reason to refuse a run
+        footprint.write(place, f"{type(e).__name__}: {e}")
 
 
 def measure(base: Path, settings: config.Config) -> Footprint:
@@ -189,13 +192,11 @@ def _linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 def _active_width(text: PretrainedConfig, hidden: int) -> tuple[int, int]:
     """Return the width inside the MLP that a token passes through, and how many experts it is."""
-    told = getattr(text, "intermediate_size", None) or 4 * hidden
-    # some families have one for each layer
-    dense = max(told) if isinstance(told, Sequence) else int(told)
-    experts = next((int(value) for name in _CHOSEN if (value := getattr(text, name, None))), 0)
+    dense = parts.largest(getattr(text, "intermediate_size", None)) or 4 * hidden
+    experts = max(parts.largest(getattr(text, name, None)) for name in _CHOSEN)
     if not experts:
         return dense, 0
-    width = int(getattr(text, "moe_intermediate_size", None) or dense)
-    shared = getattr(text, "shared_expert_intermediate_size", None)
-    shared = int(shared or (getattr(text, "n_shared_experts", None) or 0) * width)
+    width = parts.largest(getattr(text, "moe_intermediate_size", None)) or dense
+    shared = parts.largest(getattr(text, "shared_expert_intermediate_size", None))
+    shared = shared or parts.largest(getattr(text, "n_shared_experts", None)) * width
     return max(dense, experts * width + shared), experts

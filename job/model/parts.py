@@ -1,6 +1,6 @@
-"""The parts of a model that sees images: the one that is a language model, and the others."""
+"""The parts of a model that sees images, and numbers in a config that may differ from layer to layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -9,6 +9,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 def sees(described: PretrainedConfig) -> bool:
     """Whether the model that `described` is the config of takes images."""
     return getattr(described, "vision_config", None) is not None
+
+
+def largest(value: object) -> int:
+    """Return the number in a config, or the largest of those that some families list for each layer; 0 for None."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return max(map(largest, value), default=0)
+    return int(value) if isinstance(value, int | float) else 0
 
 
 def language(network: PreTrainedModel) -> str:

@@ -60,7 +60,7 @@ class Pieces:
         self.changed: dict[str, Change] = {}
         """What transformers would make something else of while loading."""
         self._files: dict[str, tuple[Shard, str]] = {}
-        for file in map(Shard, _whole(base)):
+        for file in map(Shard, weight_files(base)):
             if twice := sorted(file.tensors.keys() & self._files.keys()):
                 raise errors.ModelError(
                     f"model.base: {twice[0]} is in {file.path.name} and in {self._files[twice[0]][0].path.name} "
@@ -210,7 +210,7 @@ def quantize(network: PreTrainedModel, how: BitsAndBytesConfig) -> None:
     network.hf_quantizer = quantizer
 
 
-def _whole(base: Path) -> list[Path]:
+def weight_files(base: Path) -> list[Path]:
     """The files that transformers reads, which looks for a single one first.
 
     Others may lie beside them, such as the original ones of Llama and Mistral. Raises `errors.ModelError` if one lacks.
