@@ -108,7 +108,7 @@ def _gathered(block: nn.Module, names: Mapping[str, str]) -> Iterator[None]:
         finally:
             block.reshard()
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([block.get_parameter(name) for name in names]):
         yield
