@@ -176,7 +176,7 @@ def test_a_layer_adds_what_the_simulation_says(layer: Layer, tmp_path: Path, mon
 
 PRESETS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "smoke")
 STATED = re.compile(
-    r"(\d+\.\d) GiB of (?:each card's )?(\d+),? by our own estimate; (?:simulated, )?not measured on a GPU"
+    r"(\d+\.\d) GiB of (?:each card's )?(\d+),? by our own estimate; not measured on a GPU"
 )
 
 
