@@ -175,9 +175,7 @@ def test_a_layer_adds_what_the_simulation_says(layer: Layer, tmp_path: Path, mon
 
 
 PRESETS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "smoke")
-STATED = re.compile(
-    r"(\d+\.\d) GiB of (?:each card's )?(\d+),? by our own estimate; not measured on a GPU"
-)
+STATED = re.compile(r"(\d+\.\d) GiB of (?:each card's )?(\d+),? by our own estimate; not measured on a GPU")
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
