@@ -68,8 +68,24 @@ def _run(job: Callable[[Notice], None]) -> BaseException | None:
             notice.conclude()
     except (Exception, errors.Preempted) as e:  # noqa: BLE001 - the one place where errors become statuses
         notice.conclude()  # again, if a request came in the moment before the first time
-        return e
+        return _find_interruption(e, notice) or e
     return None
+
+
+def _find_interruption(error: BaseException, notice: Notice) -> BaseException | None:
+    """Return what `notice` interrupted the job with, if `error` is what a library made of it.
+
+    An interruption is raised wherever the main thread is, also below C code, and some of that
+    code raises an error of its own in its place, such as a SystemError.
+    """
+    if notice.interruption is None or isinstance(error, errors.JobError | errors.Preempted):
+        return None
+    link: BaseException | None = error
+    while link is not None and link is not notice.interruption:
+        link = link.__cause__ or link.__context__
+    if link is not None:
+        log.detail("run.interrupted", f"a library turned the interruption into {error!r}")
+    return link
 
 
 def _trace(error: BaseException, *, debug: bool) -> str:

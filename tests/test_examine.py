@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import adapters
 import psutil
@@ -20,7 +21,8 @@ from conftest import command, files
 from safetensors.torch import load_file, save_file
 
 from job import card, cluster, config, errors, examine, inputs, merge, report
-from job.examine import judge, plain
+from job.examine import devices, judge, plain
+from job.model import load_size
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -147,6 +149,34 @@ def test_a_merge_to_compare_with_that_has_no_room_is_said(
     assert "merged otherwise, to compare: not looked at: there is no room for it on the disk" in said()
 
 
+def test_the_time_for_the_other_merge_is_not_that_for_verification(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes, both merges are compared when the first models left time for it."""
+    (tmp_path / "figures").mkdir()
+    ids = list(range(3, 30))
+    held = {"split": "held-out text", "examples": [{"ids": ids, "labels": ids, "asked": 0}]}
+    (tmp_path / "figures" / "held-out.json").write_text(json.dumps(held))
+    adapters.adapter(adapters.plain(tiny_model), tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    base = inputs.Base(tiny_model.as_uri(), tiny_model, "its digest")
+    model = config.Model(base=tiny_model.as_uri())
+    merged = merge.folder(base, tmp_path / "adapter", model, config.Merge(), tmp_path / "m" / "m")
+    real, skipped = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + skipped[0])
+
+    def merge_for_an_hour() -> Path:
+        skipped[0] += 3600
+        return Path(shutil.copytree(merged, tmp_path / "other"))
+
+    models = examine.Models(tiny_model, tmp_path / "adapter", merged, merge_for_an_hour)
+    seen = looked(models, tmp_path / "scratch", figures=tmp_path / "figures", quantization="nf4")
+
+    assert isinstance(seen["loss"], dict)
+    assert seen["loss"]["other"] == seen["loss"]["merged"]
+    assert not seen["left"]
+    assert not (tmp_path / "other").exists()
+
+
 def damaged(models: examine.Models, how: Callable[[Path], object]) -> examine.Models:
     """The same with a merged model to which something was done."""
     assert models.merged
@@ -194,16 +224,29 @@ def test_a_merged_model_that_is_not_what_was_trained_is_an_error(
         looked(damaged(models, how), tmp_path / "scratch")
 
 
-def judged(folder: Path, made: torch.Tensor, wanted: torch.Tensor, numbers: str, name: str = "adapted") -> object:
-    """What is said of a merged model whose logits are those that are `made`; those of the base are zero."""
-    before = torch.randn(64, 200, generator=torch.manual_seed(0))
-    save_file({"logits": before + made}, folder / "merged.safetensors")
-    save_file({"logits": before + wanted, "before": before}, folder / f"{name}.safetensors")
-    opened = {"tokenizer": {"tokens": 9, "ids": [], "texts": [], "chat": ""}, "rows": 9, "class": "Llama", "loss": 1.0}
-    found = {
+def write_logits(
+    folder: Path,
+    merged: torch.Tensor,
+    adapted: torch.Tensor,
+    before: torch.Tensor | None = None,
+    name: str = "adapted",
+) -> dict[str, dict[str, Any]]:
+    """Write what two models add to the logits `before`, and return what the program would answer."""
+    if before is None:
+        before = torch.randn(64, 200, generator=torch.manual_seed(0))
+    save_file({"logits": before + merged}, folder / "merged.safetensors")
+    save_file({"logits": before + adapted, "before": before}, folder / f"{name}.safetensors")
+    words = {"tokens": 9, "ids": [], "texts": [], "chat": ""}
+    opened = {"tokenizer": words, "rows": 9, "class": "Llama", "losses": [[1.0, 1]]}
+    return {
         "merged": {**opened, "name": "merged"},
-        name: {**opened, "name": name, "loss_before": 2.0},
+        name: {**opened, "name": name, "losses_before": [[2.0, 1]]},
     }
+
+
+def judged(folder: Path, merged: torch.Tensor, adapted: torch.Tensor, numbers: str, name: str = "adapted") -> object:
+    """Return how far off a merged model is judged to be; see `write_logits`."""
+    found = write_logits(folder, merged, adapted, name=name)
     return judge.check(found, folder, judge.Standard(name, numbers))["off"]
 
 
@@ -238,10 +281,118 @@ def test_a_merged_model_does_what_the_adapter_does(
         assert judged(tmp_path, made, wanted, numbers, name) == pytest.approx(
             math.hypot(effect * (1 - has), noise), rel=0.1
         )
-        assert ("rounding hides whether the merged model has it" in said()) == (has < 0.5)
+        assert ("so small a change is partly lost when the weights are rounded" in said()) == (has < 0.5)
     else:
         with pytest.raises(errors.ModelError, match="does not compute what the base with the adapter does"):
             judged(tmp_path, made, wanted, numbers, name)
+
+
+@pytest.mark.parametrize(
+    ("figures", "numbers", "certain"),
+    [
+        ((0.3, 1.0, 0.05), "bfloat16", True),
+        ((0.3, 1.0, 0.2), "bfloat16", False),
+        ((0.3, 0.0, 0.0), "bfloat16", False),
+        ((0.05, 1.0, 0.01), "bfloat16", False),
+        ((0.05, 0.0, 0.0), "float32", True),
+        ((0.05, 0.0, 0.0), "int8", True),
+    ],
+    ids=["clear", "far off", "the base", "weak", "float32", "int8"],
+)
+def test_what_bfloat16_cannot_tell_is_compared_in_float32(
+    figures: tuple[float, float, float], numbers: str, certain: bool, tmp_path: Path  # noqa: FBT001 - a parameter
+) -> None:  # fmt: skip
+    """A weak adapter, large differences, and every failure; other formats are compared once."""
+    effect, has, noise = figures
+    way, other = (torch.randn(64, 200, generator=torch.manual_seed(seed)) for seed in (1, 2))
+    found = write_logits(tmp_path, way * effect * has + other * noise, way * effect)
+
+    assert judge.is_certain(found, tmp_path, judge.Standard(numbers=numbers)) is certain
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that computes in bfloat16 at first, as GPUs do that have no room for float32."""
+    usual = devices.find_placements
+    monkeypatch.setattr(devices, "find_placements", lambda *args, **kwargs: usual(*args, **kwargs)[::-1])
+
+
+def weaken(models: examine.Models, factor: float) -> examine.Models:
+    """Return the models with an adapter whose effect is so many times as large, merged anew."""
+    file = models.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: each * factor if "lora_B" in name else each for name, each in tensors.items()}, file)
+    base = inputs.Base(models.base.as_uri(), models.base, "its digest")
+    merged = merge.folder(
+        base, models.adapter, config.Model(base=base.url), config.Merge(), models.base.parent / "weak" / "m"
+    )
+    return examine.Models(models.base, models.adapter, merged, models.other)
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_a_weak_adapter_that_was_not_merged_is_found_in_float32(
+    models: examine.Models, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    """In bfloat16 it looks like rounding; the good merge passes, with the figures of float32."""
+    weak = weaken(models, 0.15)
+    assert weak.merged
+    base = weak.base / "model.safetensors"
+
+    seen = looked(weak, tmp_path / "good")
+
+    assert seen["dtype"] == "float32"
+    assert float(str(seen["effect"])) < 0.1
+    assert seen["on_devices"] == dict.fromkeys(("merged", "adapted"), "the CPU in bfloat16")
+    assert "bfloat16 is too coarse to compare the merged model with" in said()
+    with pytest.raises(errors.ModelError, match=r"in float32 its logits are off by .* it has 0%"):
+        looked(damaged(weak, lambda folder: shutil.copy(base, folder)), tmp_path / "bad")
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_a_weak_adapter_is_no_error_where_float32_does_not_fit(
+    models: examine.Models, tmp_path: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doubt is told, with what would remove it."""
+    monkeypatch.setattr(devices, "_FLOAT32_SHARE", 0)
+
+    seen = looked(weaken(models, 0.15), tmp_path / "scratch")
+
+    assert seen["dtype"] == "bfloat16"
+    assert "cannot be told from rounding in bfloat16" in said()
+    assert "more host memory" in said()
+
+
+def test_models_that_read_different_numbers_of_examples_are_compared_on_the_common_ones(tmp_path: Path) -> None:
+    """One that ran out of time read fewer: losses and logits of the others are cut to those."""
+    generator = torch.manual_seed(0)
+    logits, before = (torch.randn(64, 200, generator=generator) for _ in range(2))
+    found = write_logits(tmp_path, logits, logits, before)
+    save_file({"logits": (before + logits)[:32].clone()}, tmp_path / "merged.safetensors")
+    found["merged"]["losses"] = [[3.0, 2]]
+    found["adapted"] |= {"losses": [[1.0, 2], [9.0, 3]], "losses_before": [[4.0, 2], [9.0, 3]]}
+
+    told = judge.summarize(found, "held-out text", [], tmp_path, judge.Standard())
+
+    assert told["loss"] == {"merged": 1.5, "adapted": 0.5, "base": 2.0}
+    assert told["read"] == 1
+    assert judge.check(found, tmp_path, judge.Standard())["off"] == 0
+
+
+def test_a_model_whose_size_cannot_be_counted_is_left_out(
+    models: examine.Models, tmp_path: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights were checked; what is odd about its config.json does not fail the run."""
+
+    def measure(*_: object) -> None:
+        raise AttributeError("'OddConfig' object has no attribute 'hidden_size'")
+
+    monkeypatch.setattr(load_size, "measure", measure)
+
+    seen = looked(models, tmp_path / "scratch")
+
+    assert seen["left"]
+    assert "cannot count the memory that this model needs" in said()
+    assert "hidden_size" in said()
 
 
 def test_a_merge_into_what_was_quantized_is_held_against_that(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The program that verifies: what it measures, and what is done where a device was not up to it or the time is over."""
 
+import math
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import adapters
 import psutil
 import pytest
 import torch
@@ -85,8 +87,8 @@ def test_a_lack_of_memory_sends_both_models_that_are_compared_to_the_next_device
     }
     assert (made.placement("merged"), made.placement("trained")) == (CPU, GPU)
     (told,) = made.fallbacks
-    assert "the original base with the adapter could not be looked at on the GPU in bfloat16 (OutOfM" in told
-    assert "): now on the CPU in float32" in told
+    assert "the original base with the adapter could not be verified on the GPU in bfloat16 (OutOfM" in told
+    assert "): trying the CPU in float32" in told
     assert told in said()
     assert not made.left
 
@@ -145,7 +147,7 @@ def test_where_no_device_is_left_the_model_is_left_out(
 
     assert made.found["merged"]["memory"] == "MemoryError"
     assert made.found["adapted"] == {"name": "adapted", **GOOD}
-    assert said().count("could not be looked at") == 1
+    assert said().count("could not be verified") == 1
 
 
 def test_a_model_of_which_there_is_no_answer_in_time_is_left_out(
@@ -187,20 +189,55 @@ def examples() -> list[dict[str, Any]]:
 def test_the_loss_is_that_of_transformers(chunk: int, tiny_model: Path, tmp_path: Path) -> None:
     """However many positions are computed at once, and whichever tokens are trained."""
     network = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    losses, counts, logits = [], [], []
+    expected, logits = [], []
     with torch.no_grad():
         for each in examples():
             ids, labels = torch.tensor([each["ids"]]), torch.tensor([each["labels"]])
             whole = network(input_ids=ids, labels=labels)
-            counts.append(int((labels[:, 1:] != plain.IGNORED).sum()))
-            losses.append(float(whole.loss) * counts[-1])
+            count = int((labels[:, 1:] != plain.IGNORED).sum())
+            expected.append((pytest.approx(float(whole.loss) * count, rel=1e-6), count))
             logits.append(whole.logits[0, :-1][labels[0, 1:] != plain.IGNORED][:3])
     asked = question(tiny_model, chunk=chunk, logits=str(tmp_path / "logits"))
 
-    loss, kept = plain.losses(network, examples(), asked)
+    losses, kept = plain.losses(network, examples(), asked, math.inf)
 
-    assert loss == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
+    assert losses == expected
     torch.testing.assert_close(kept, torch.cat(logits), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_runs_out_of_time_reads_the_first_example_at_least(tiny_model: Path) -> None:
+    """And gives the logits that a model with more time gives of it, so that both can be compared."""
+    network = plain.load(question(tiny_model))
+
+    losses, kept = plain.losses(network, examples(), question(tiny_model), time.monotonic() - 1)
+
+    everything, logits = plain.losses(network, examples(), question(tiny_model), math.inf)
+    assert (len(losses), len(everything)) == (1, 2)
+    assert losses == everything[:1]
+    torch.testing.assert_close(kept, logits[:3])
+
+
+def test_a_partly_offloaded_model_with_an_adapter_stays_where_it_was_placed(tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT alone would place it anew; a device that is no string stands for a GPU here."""
+    gpu = torch.device("cpu")  # accelerate takes "cpu" for offloaded, and this for where to compute
+    modules = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = {**dict.fromkeys(modules, gpu), "model.layers.1": "cpu"}
+    adapters.adapter(adapters.plain(tiny_model), tmp_path, target_modules=["q_proj", "down_proj"])
+    asked = question(tiny_model, adapter=str(tmp_path))
+
+    offloaded = plain.load(asked | {"device_map": device_map})
+
+    weights = {name: weight.device.type for name, weight in offloaded.named_parameters()}
+    for layer, device in (("0", "cpu"), ("1", "meta")):
+        devices = {each for name, each in weights.items() if f"layers.{layer}.self_attn" in name}
+        assert devices == {device}
+    whole = plain.load(asked)
+    with_adapter, expected = (plain.losses(each, examples(), asked, math.inf)[0] for each in (offloaded, whole))
+    assert with_adapter == expected
+    with offloaded.disable_adapter(), whole.disable_adapter():
+        without, expected = (plain.losses(each, examples(), asked, math.inf)[0] for each in (offloaded, whole))
+    assert without == expected
+    assert without != with_adapter
 
 
 @pytest.mark.parametrize(
@@ -290,7 +327,7 @@ def test_a_program_that_was_killed_is_started_again_when_it_is_asked(
         )
         left = list(set(psutil.Process().children()) - set(others))
 
-    assert first.answers["merged"]["loss"] > 0
+    assert all(total > 0 for total, _ in first.answers["merged"]["losses"])
     assert "error" in second.answers["merged"]
     assert len(left) == 1
     assert not left[0].is_running()

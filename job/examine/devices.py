@@ -1,5 +1,6 @@
 """Chooses device and number format for each model that is verified, from sizes and free memory."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ _FLOAT32_SHARE = 0.5
 """Of the free host memory: where float32 would need more, a CPU computes in bfloat16."""
 _LOGIT = 10  # bytes of a logit while a loss is computed: in 16 bits, in float32, and its softmax
 _FEWEST, _MOST = 64, 1024  # positions whose logits are computed at once
-# Of the slowest machines: operations of a GPU or a core in a second, and bytes over PCI Express.
-_FLOPS, _BUS = {"cuda": 3e13, "cpu": 2e10}, 1e10
+# In a second, of slow machines (a T4 in float32, an A10 in bfloat16, one core of a CPU): operations,
+# and bytes over PCI Express. They only decide how many examples are read.
+_GPU_FLOPS, _CORE_FLOPS, _BUS = {"float32": 4e12, "bfloat16": 3e13}, 2e10, 1e10
 
 Outlined = tuple[PreTrainedModel, LoadSize]
 
@@ -78,10 +80,15 @@ class Placement:
             where += f", {self.offloaded / 1e9:.0f} GB of weights in host memory"
         return f"{where} in {self.dtype}"
 
-    def seconds(self, size: LoadSize, tokens: int, machine: Machine) -> float:
-        """Return about how long a forward pass over so many tokens takes."""
-        speed = _FLOPS["cuda"] if self.on_gpu else _FLOPS["cpu"] * machine.cores
-        return 2 * size.numbers * tokens / speed + self.offloaded / _BUS
+    def seconds(self, size: LoadSize, tokens: int, trained: int, machine: Machine) -> float:
+        """Return about how long it takes to measure the loss of an example.
+
+        The example has so many `tokens`, of which so many are `trained`: each chunk of their
+        positions takes a forward pass.
+        """
+        passes = max(1, math.ceil(trained / self.positions))
+        speed = _GPU_FLOPS[self.dtype] if self.on_gpu else _CORE_FLOPS * machine.cores
+        return passes * (2 * size.numbers * tokens / speed + self.offloaded / _BUS)
 
 
 def find_placements(
@@ -120,12 +127,11 @@ def _on_gpus(
 ) -> Placement | None:
     if not machine.gpus:
         return None
-    besides = _besides(size, work) + load_size.CONTEXT
-    largest = max(range(len(machine.gpus)), key=machine.gpus.__getitem__)
-    left = machine.gpus[largest] - besides - size.weights * load_size.ROOM
+    limits = _limit_weights(size, work, machine)
+    largest = max(range(len(limits)), key=limits.__getitem__)
+    left = (limits[largest] - size.weights) * load_size.ROOM
     if left >= 0:
         return Placement({"": largest}, dtype, *_at_once(size, work, left))
-    limits = [(free - besides) / load_size.ROOM for free in machine.gpus]
     if len(limits) == 1 or sum(limits) < size.weights:
         return None
     device_map = load_size.spread(network, size, limits)
@@ -142,15 +148,19 @@ def _offloaded(
     machine: Machine,
     work: Work,
 ) -> Placement | None:
-    if not machine.gpus:
-        return None
-    besides = _besides(size, work) + load_size.CONTEXT
-    limits = [(free - besides) / load_size.ROOM for free in machine.gpus]
+    """Return a placement partly in host memory.
+
+    Every forward pass sends those weights to a GPU again, which takes seconds. So logits at many
+    positions are computed at once, if need be at the cost of a few more weights in host memory.
+    """
     host = (machine.host * load_size.HOST_SHARE - PROCESS) / load_size.ROOM
-    device_map = load_size.spread(network, size, limits, host)
-    if not device_map or set(device_map.values()) == {"cpu"}:
-        return None
-    return Placement(device_map, "bfloat16", _FEWEST, 1, load_size.offloaded(network, device_map))
+    for positions in (_MOST, _FEWEST) if machine.gpus else ():
+        limits = _limit_weights(size, work, machine, positions)
+        device_map = load_size.spread(network, size, limits, host)
+        if device_map and set(device_map.values()) != {"cpu"}:
+            offloaded = load_size.offloaded(network, device_map)
+            return Placement(device_map, "bfloat16", positions, 1, offloaded)
+    return None
 
 
 def _on_cpu(size: LoadSize, dtype: str, machine: Machine, work: Work) -> Placement | None:
@@ -159,10 +169,16 @@ def _on_cpu(size: LoadSize, dtype: str, machine: Machine, work: Work) -> Placeme
     return Placement({"": "cpu"}, dtype, *_at_once(size, work, left)) if left >= 0 else None
 
 
-def _besides(size: LoadSize, work: Work) -> float:
-    """Return what one forward pass needs besides the weights, with the fewest logits."""
+def _limit_weights(size: LoadSize, work: Work, machine: Machine, positions: int = _FEWEST) -> list[float]:
+    """Return the bytes of weights that each GPU can hold."""
+    besides = _besides(size, work, positions) + load_size.CONTEXT
+    return [(free - besides) / load_size.ROOM for free in machine.gpus]
+
+
+def _besides(size: LoadSize, work: Work, positions: int = _FEWEST) -> float:
+    """Return what a forward pass needs besides the weights, with logits at so many `positions`."""
     tokens = max(work.longest, work.prompt)
-    return size.passing(tokens) + work.adapter + _FEWEST * size.vocabulary * _LOGIT
+    return size.passing(tokens) + work.adapter + positions * size.vocabulary * _LOGIT
 
 
 def _at_once(size: LoadSize, work: Work, left: float) -> tuple[int, int]:

@@ -60,6 +60,10 @@ class Inquiry:
                 timed_out=outcome.timed_out,
             )
 
+    def extend(self, seconds: float) -> None:
+        """Let it end so many seconds later."""
+        self.ends += seconds
+
     def placement(self, name: str) -> Placement | None:
         """Return where the model was looked at, if it was."""
         return self.choices[name][0] if name in self.found else None
@@ -109,7 +113,7 @@ class Inquiry:
         for each in both:
             self.choices[each] = remaining
             self.found.pop(each, None)
-        message = f"{CALLED[name]} could not be looked at on {used} ({fault}): now on {remaining[0]}"
+        message = f"{CALLED[name]} could not be verified on {used} ({fault}): trying {remaining[0]}"
         self.fallbacks.append(message)
         log.warn("examine.fallback", message)
         return both

@@ -11,16 +11,23 @@ from safetensors.torch import load_file
 
 from job import errors, log
 from job.card import CALLED
+from job.examine.devices import FORMATS
 
-# How far the merged model's logits may be from those of the base with the adapter, as a share of their size. Measured
-# on tiny random models of 14 families: 0.004 to 0.017 in float32, 0.01 to 0.04 in bfloat16, and 0.17 where bfloat16
-# makes a mixture choose other experts. More is allowed only for an adapter that makes so many times as much.
+# How far the merged model's logits may be from those of the base with the adapter, as a share of
+# their size. Measured on tiny random models of 14 families: 0.004 to 0.017 in float32, 0.01 to 0.04
+# in bfloat16, and 0.17 where bfloat16 makes a mixture choose other experts. More is allowed only for
+# an adapter that makes so many times as much.
 # A base in int8 rounds activations as well: 0.24 on SmolLM2-135M.
 _ALLOWED = {"float32": (0.05, 4), "bfloat16": (0.3, 2), "int8": (0.5, 2)}
-# An adapter whose effect is larger than this can be told from rounding: it must be there, once, give or take a half.
-# Of a random one on SmolLM2-135M, merged in bfloat16, there were in float32 1.00 of an effect of 0.036, 0.82 of 0.012,
-# 0.78 of 0.0036, 0.5 of 0.0012 and nothing of 0.0004; in bfloat16 the figures are noise below an effect of 0.1.
+# An adapter whose effect is larger than this can be told from rounding: it must be there, once,
+# give or take a half. Random adapters on SmolLM2-135M, merged in bfloat16 (effect in float32, and
+# how much of it the good merge, one without the adapter and one with it twice seemed to have):
+#   effect 0.148: 1.01, 0.00, 2.17 computed in float32, and 0.98, 0.00, 1.99 in bfloat16
+#   effect 0.047: 1.00, 0.00, 2.05                      and 0.71, 0.00, 1.28
+#   effect 0.005: 0.73, 0.00, 1.88                      and 0.51, 0.00, 0.50, all of it rounding
 _SHOWS, _LACK = {"float32": 0.01, "bfloat16": 0.1, "int8": 0.1}, 0.5
+_USUAL = 0.1
+"""In bfloat16, of a dense model (0.05 in the measurements above): what is off by more is compared in float32."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +48,76 @@ Found: TypeAlias = Mapping[str, Mapping[str, Any]]
 """What the program answered of each model."""
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How the merged model's logits differ from those of the base with the adapter."""
+
+    off: float
+    """Distance between both, as a share of how much logits differ among each other."""
+    effect: float
+    """The same between the base with and without the adapter."""
+    share: float
+    """How much of that way the merged model has gone: 0 is the base, 1 all of it."""
+    numbers: str
+    """What both were computed with: a number format, or int8."""
+
+    @property
+    def allowed(self) -> float:
+        """The largest distance of a good merge."""
+        most, times = _ALLOWED[self.numbers]
+        return max(most, self.effect / times)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the merged model seems to have the adapter, once."""
+        return abs(self.share - 1) <= _LACK
+
+    @property
+    def shows(self) -> bool:
+        """Whether the adapter's effect can be told from rounding."""
+        return self.effect > _SHOWS[self.numbers]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether this may be a good merge; NaN is none."""
+        return self.off <= self.allowed and (self.has_adapter or not self.shows)
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether a comparison in float32 would tell no more."""
+        if self.numbers != FORMATS[1]:
+            return True
+        return self.shows and self.has_adapter and self.off <= _USUAL
+
+
+def is_certain(found: Found, scratch: Path, like: Standard) -> bool:
+    """Return whether `check` can rely on the format that both models were computed in."""
+    if not are_compared(found, like):
+        return True
+    difference = _measure_difference(scratch, like)
+    return not math.isfinite(difference.effect) or difference.is_certain
+
+
+def are_compared(found: Found, like: Standard) -> bool:
+    """Return whether both models that `check` compares were measured."""
+    return {"merged", like.name} <= _measured(found).keys()
+
+
 def check(found: Found, scratch: Path, like: Standard) -> dict[str, Any]:
-    """Raise `errors.ModelError` if the merged model is not `like` what it should be; return how near it is."""
+    """Return for the report how near the merged model is to what it should be `like`.
+
+    Raises `errors.ModelError` if it is something else.
+    """
     for name, each in found.items():
         if "error" in each and name == "merged":
             raise errors.ModelError(f"the merged model cannot be opened by plain transformers: {each['error']}")
         if name not in _measured(found):
             log.warn("examine.failed", f"{CALLED[name]}: could not be looked at ({_fault(each)})")
     _sized(found.get("merged", {}), short=like.short)
-    good = _measured(found)
-    if "merged" in good and like.name in good:
-        return _compare(good["merged"], good[like.name], like.numbers, scratch)
-    return {}
+    if not are_compared(found, like):
+        return {}
+    _compare_tokenizers(found["merged"]["tokenizer"], found[like.name]["tokenizer"])
+    return _compare(found["merged"]["class"], _measure_difference(scratch, like))
 
 
 def summarize(
@@ -60,15 +125,16 @@ def summarize(
 ) -> dict[str, Any]:
     """Return losses, distances and answers for the report, and of which models there are none and why."""
     good = _measured(found)
+    read = min((len(each["losses"]) for each in good.values()), default=0)
     told: dict[str, Any] = {
-        "dtype": like.numbers,
         "left": {name: _fault(each) for name, each in found.items() if name not in good},
         "on": split,
-        "loss": {name: each["loss"] for name, each in good.items()},
+        "read": read,
+        "loss": {name: _average(each["losses"][:read]) for name, each in good.items()},
     }
     reference = good.get("trained") or good.get("adapted")
-    if reference and "loss_before" in reference:
-        told["loss"]["base"] = reference["loss_before"]
+    if reference and "losses_before" in reference:
+        told["loss"]["base"] = _average(reference["losses_before"][:read])
     if "trained" in good:
         told["from_trained"] = {
             name: _distance(_logits(scratch, name), _logits(scratch, "trained"))
@@ -104,7 +170,12 @@ def _answers(found: Found, prompts: Sequence[Mapping[str, Any]], like: Standard)
 
 
 def _measured(found: Found) -> Found:
-    return {name: each for name, each in found.items() if "loss" in each}
+    return {name: each for name, each in found.items() if "losses" in each}
+
+
+def _average(losses: Sequence[tuple[float, int]]) -> float:
+    """Return the mean loss of a token, of sums and counts."""
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
 def _fault(answer: Mapping[str, Any]) -> str:
@@ -123,62 +194,89 @@ def _sized(merged: Mapping[str, Any], *, short: bool) -> None:
         log.warn("examine.rows", f"the merged model is like its base, which cannot read all of its tokens: {told}")
 
 
-def _compare(merged: Mapping[str, Any], adapted: Mapping[str, Any], numbers: str, scratch: Path) -> dict[str, Any]:
-    """Hold the merged model against the base with the adapter, as it was merged into."""
+def _compare_tokenizers(merged: Mapping[str, Any], adapted: Mapping[str, Any]) -> None:
+    """Raise `errors.ModelError` if the merged model's tokenizer is not the adapter's."""
     for what, shown in (
         ("ids", "splits text into other tokens"),
         ("texts", "makes other text of tokens"),
         ("chat", "writes another chat format"),
     ):
-        if merged["tokenizer"][what] != adapted["tokenizer"][what] and adapted["tokenizer"][what]:
-            raise errors.ModelError(
-                f"the merged model's tokenizer {shown} than the adapter's: {merged['tokenizer'][what]}"
-            )
-    made, wanted, before = (
-        _logits(scratch, *which) for which in (("merged",), (adapted["name"],), (adapted["name"], "before"))
+        if merged[what] != adapted[what] and adapted[what]:
+            raise errors.ModelError(f"the merged model's tokenizer {shown} than the adapter's: {merged[what]}")
+
+
+def _measure_difference(scratch: Path, like: Standard) -> Difference:
+    merged = _logits(scratch, "merged")
+    adapted, before = (_logits(scratch, like.name, which) for which in ("logits", "before"))
+    return Difference(
+        off=_distance(merged, adapted),
+        effect=_distance(before, adapted),
+        share=_share(merged, adapted, before),
+        numbers=like.numbers,
     )
-    off, effect = (_distance(each, wanted) for each in (made, before))
+
+
+def _compare(kind: str, difference: Difference) -> dict[str, Any]:
+    """Raise `errors.ModelError` unless the merged model, of class `kind`, may be a good one."""
+    off, effect, share = difference.off, difference.effect, difference.share
+    numbers = difference.numbers
     if not math.isfinite(effect):
         log.warn("examine.nan", "the base with the adapter computes NaN or infinity itself: nothing can be compared")
         return {}
-    allowed, times = _ALLOWED[numbers]
-    share = _share(made, wanted, before)
-    there = abs(share - 1) <= _LACK
-    if not off <= max(allowed, effect / times) or (effect > _SHOWS[numbers] and not there):  # NaN too
+    if not difference.is_good:
         raise errors.ModelError(
             f"the merged model does not compute what the base with the adapter does: in {numbers} its logits are "
-            f"off by {off:.1%}, where {max(allowed, effect / times):.1%} is allowed; of what the adapter makes, which "
+            f"off by {off:.1%}, where {difference.allowed:.1%} is allowed; of what the adapter makes, which "
             f"is {effect:.1%}, it has {share:.0%}"
         )
-    if not there:
-        log.warn(
-            "examine.faint",
-            f"the adapter changes so little ({effect:.2%}) that rounding hides whether the merged model has it "
-            f"({share:.0%} of it is seen): merge.dtype float32 keeps all of it",
-        )
+    if not difference.has_adapter or (numbers == FORMATS[1] and not difference.shows):
+        log.warn("examine.faint", _explain_faint(difference))
     log.event(
         "examine.merged",
-        f"transformers alone opens the merged model ({merged['class']}): its logits are within {off:.2%} of those of "
+        f"transformers alone opens the merged model ({kind}): its logits are within {off:.2%} of those of "
         f"the base with the adapter, which differ from the base's by {effect:.2%} ({numbers})",
         off=off,
         effect=effect,
     )
-    return {"class": merged["class"], "off": off, "effect": effect}
+    return {"class": kind, "off": off, "effect": effect, "dtype": numbers}
+
+
+def _explain_faint(difference: Difference) -> str:
+    """Return what to say of a merged model that seems to have the adapter not at all, or twice."""
+    measured = (
+        f"the adapter changes the logits by {difference.effect:.2%}, and the merged model seems to "
+        f"have {difference.share:.0%} of that"
+    )
+    if difference.numbers == FORMATS[0]:
+        return (
+            f"{measured}: so small a change is partly lost when the weights are rounded to "
+            "merge.dtype; merge.dtype float32 keeps all of it"
+        )
+    return (
+        f"{measured}: so small a change cannot be told from rounding in {difference.numbers}, and "
+        "this machine has no memory or time to compare in float32. Run `merge` on a machine with "
+        "more host memory, or raise examine.minutes, to be certain"
+    )
 
 
 def _logits(scratch: Path, name: str, which: str = "logits") -> torch.Tensor:
     return load_file(scratch / f"{name}.safetensors")[which].double()
 
 
-def _share(made: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> float:
-    """How much of the way from the logits `before` to those that are `wanted` was gone: 0 of the base, 1 of all."""
-    width = min(made.shape[1], wanted.shape[1], before.shape[1])
-    way = (wanted - before)[:, :width]
-    return float(((made[:, :width] - before[:, :width]) * way).sum() / way.square().sum().clamp(min=1e-300))
+def _cut_alike(*logits: torch.Tensor) -> list[torch.Tensor]:
+    """Return of [positions, vocabulary] what all have: not all models read all examples."""
+    rows, columns = (min(each.shape[place] for each in logits) for place in (0, 1))
+    return [each[:rows, :columns] for each in logits]
+
+
+def _share(merged: torch.Tensor, adapted: torch.Tensor, before: torch.Tensor) -> float:
+    """Return how much of the way from the logits `before` to the `adapted` ones was gone."""
+    merged, adapted, before = _cut_alike(merged, adapted, before)
+    way = adapted - before
+    return float(((merged - before) * way).sum() / way.square().sum().clamp(min=1e-300))
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """How far logits are from others, as a share of what those differ among each other."""
-    width = min(one.shape[1], other.shape[1])
-    one, other = one[:, :width], other[:, :width]
+    """Return how far logits are from others, as a share of what those differ among each other."""
+    one, other = _cut_alike(one, other)
     return float((one - other).norm() / (other - other.mean(1, keepdim=True)).norm())

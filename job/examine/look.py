@@ -12,6 +12,7 @@ from job.card import CALLED
 from job.examine.runner import Program
 
 if TYPE_CHECKING:
+    from job.examine.inquiry import Inquiry
     from job.examine.questions import Questions
 
 
@@ -66,16 +67,16 @@ def _verify(questions: "Questions", program: Program) -> dict[str, Any]:
 
     inquiry = questions.inquiry(program)
     inquiry.ask(questions.names, questions.question, questions.plain_examples())
-    compared = judge.check(inquiry.found, questions.scratch, questions.standard(inquiry))
+    inquiry.extend(questions.reserve)
+    compared = _compare(questions, inquiry)
     left = questions.compare_bases(inquiry)  # only now: the merge has passed
-    standard = questions.standard(inquiry)
     seen = (
         judge.summarize(
             inquiry.found,
             questions.split,
             questions.prompts,
             questions.scratch,
-            standard,
+            questions.standard(inquiry),
         )
         | compared
     )
@@ -83,6 +84,23 @@ def _verify(questions: "Questions", program: Program) -> dict[str, Any]:
     if inquiry.fallbacks:
         seen["fallbacks"] = inquiry.fallbacks
     return seen | questions.facts(inquiry)
+
+
+def _compare(questions: "Questions", inquiry: "Inquiry") -> dict[str, Any]:
+    """Compare the merged model with what it should compute, in float32 where bfloat16 is too coarse.
+
+    Raises `errors.ModelError` if it computes something else.
+    """
+    from job.examine import judge
+
+    standard = questions.standard(inquiry)
+    if not judge.is_certain(inquiry.found, questions.scratch, standard):
+        again = questions.compare_in_float32(inquiry)
+        if again and judge.are_compared(again.found, standard):
+            inquiry.fallbacks += again.fallbacks
+            found = {**inquiry.found, **again.found}
+            return judge.check(found, again.scratch, questions.standard(again))
+    return judge.check(inquiry.found, questions.scratch, standard)
 
 
 def _held_out(figures: Path | None) -> dict[str, Any] | None:

@@ -43,6 +43,7 @@ from safetensors.torch import load_file, save_file
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 IGNORED = -100  # the label of a token without loss
+READING = 0.5  # of the time that is left: after that no further example is read
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
     "def f(x):\n    return x ** 2  # 12345678",
@@ -123,14 +124,18 @@ def look(
     examples: Sequence[dict[str, Any]],
     ends: float,
 ) -> dict[str, Any]:
-    """Return losses, logits and answers of a model, with the adapter and, if asked, without."""
+    """Return losses, logits and answers of a model, with the adapter and, if asked, without.
+
+    All models are asked about the same examples in the same order. One that runs out of time reads
+    only the first of them, so the first ones are what all models have in common.
+    """
     found: dict[str, Any] = {}
-    found["loss"], logits = losses(network, examples, model)
-    held = {"logits": logits}
+    found["losses"], logits = losses(network, examples, model, _reading_deadline(ends))
+    tensors = {"logits": logits}
     if model["before"]:
         with network.disable_adapter():
-            found["loss_before"], held["before"] = losses(network, examples, model)
-    save_file(held, model["logits"])
+            found["losses_before"], tensors["before"] = losses(network, examples, model, _reading_deadline(ends))
+    save_file(tensors, model["logits"])
     # Answers before and after share the time; those that need less leave more to the others.
     for place, kind in enumerate(model["answers"]):
         until = time.monotonic() + (ends - time.monotonic()) / (len(model["answers"]) - place)
@@ -140,6 +145,11 @@ def look(
             with network.disable_adapter():
                 found["answers_before"] = answers(network, model, until)
     return found
+
+
+def _reading_deadline(ends: float) -> float:
+    now = time.monotonic()
+    return now + (ends - now) * READING
 
 
 def words(model: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +202,24 @@ def load(model: dict[str, Any]) -> Network:
         from peft import PeftModel
 
         _resize(network, model["adapter"])
-        network = PeftModel.from_pretrained(network, model["adapter"])
+        # On the CPU first: PEFT would load all of it on the first GPU, which may be full.
+        network = PeftModel.from_pretrained(
+            network, model["adapter"], torch_device="cpu", **_offloading(model["device_map"])
+        )
     return network.eval()
+
+
+def _offloading(device_map: dict[str, int | str]) -> dict[str, Any]:
+    """Return PEFT's arguments to leave a partly offloaded model where it is.
+
+    PEFT 0.21 removes the hooks of such a model and distributes it anew, by a device map of its own
+    that knows nothing of our limits (peft_model.py, `load_adapter`). It calls the base
+    ``base_model.model``.
+    """
+    if "cpu" not in device_map.values() or len(set(device_map.values())) == 1:
+        return {}
+    prefix = "base_model.model"
+    return {"device_map": {f"{prefix}.{name}": device for name, device in device_map.items()}}
 
 
 @torch.no_grad()
@@ -201,28 +227,47 @@ def losses(
     network: Network,
     examples: Sequence[dict[str, Any]],
     model: dict[str, Any],
-) -> tuple[float, torch.Tensor]:
-    """Return the mean loss of a trained token, and logits at some, [positions, vocabulary]."""
-    total, count, kept = 0.0, 0, []
+    ends: float,
+) -> tuple[list[tuple[float, int]], torch.Tensor]:
+    """Return sum and count of the trained tokens' losses of each example, and logits at some.
+
+    The logits are [positions, vocabulary], equally many of each example. No example is begun after
+    `ends`, by `time.monotonic`, but the first.
+    """
+    found: list[tuple[float, int]] = []
+    kept: list[torch.Tensor] = []
     each = -(-model["positions"] // len(examples))
-    for example in examples:
-        ids = torch.tensor([example["ids"]], device=network.device)
-        extra = seen(network, example)
-        # The logits at a token tell of the next one, whose label counts.
-        labels = example["labels"]
-        trained = [place - 1 for place in range(1, len(labels)) if labels[place] != IGNORED]
-        for start in range(0, len(trained), model["chunk"]):
-            places = trained[start : start + model["chunk"]]
-            logits = logits_at(network, ids, places, extra)
-            wanted = torch.tensor(
-                [labels[place + 1] for place in places],
-                device=logits.device,
-            )
-            total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-            if start < each:
-                kept.append(logits[: each - start].cpu())
-        count += len(trained)
-    return total / count, torch.cat(kept)
+    for number, example in enumerate(examples):
+        if number and time.monotonic() >= ends:
+            break
+        total, count, logits = _measure_example(network, example, model["chunk"], each)
+        found.append((total, count))
+        kept += logits
+    return found, torch.cat(kept)
+
+
+def _measure_example(
+    network: Network, example: dict[str, Any], chunk: int, wanted: int
+) -> tuple[float, int, list[torch.Tensor]]:
+    """Return sum and count of the losses of one example, and the first `wanted` logits.
+
+    Each `chunk` of positions takes a forward pass of its own: the logits of a long example, all at
+    once, would need more memory than the model.
+    """
+    ids = torch.tensor([example["ids"]], device=network.device)
+    images = seen(network, example)
+    # The logits at a token tell of the next one, whose label counts.
+    labels = example["labels"]
+    trained = [place - 1 for place in range(1, len(labels)) if labels[place] != IGNORED]
+    total, kept = 0.0, []
+    for start in range(0, len(trained), chunk):
+        places = trained[start : start + chunk]
+        logits = logits_at(network, ids, places, images)
+        targets = torch.tensor([labels[place + 1] for place in places], device=logits.device)
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        if start < wanted:
+            kept.append(logits[: wanted - start].cpu())
+    return total, len(trained), kept
 
 
 def logits_at(

@@ -7,27 +7,29 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import BitsAndBytesConfig
 
 from job import cluster, config, log
 from job.card import CALLED
-from job.examine import devices, judge
-from job.examine.devices import FORMATS, Machine, Outlined, Placement, Work
+from job.examine import judge
+from job.examine.devices import FORMATS, Machine, Placement, Work
 from job.examine.inquiry import Inquiry
 from job.examine.look import Models
 from job.examine.runner import Program
-from job.model import load_size, saved, tokenizer, vision, weights
+from job.examine.sizes import Sizes
+from job.model import saved, tokenizer, vision, weights
 from job.model.shard import Shard
+from job.model.tokenizer import IGNORED
 
 _POSITIONS = 64  # at which logits are compared
 _SHARE = 0.1  # of the time for reading examples; the rest is for loading and for answers
 _FLOAT32 = 4  # bytes
+_FEW = 2  # examples, where a comparison in bfloat16 is repeated in float32
 
 
 @dataclass
@@ -44,11 +46,14 @@ class Questions:
     like: str
     """The model that the merged one should compute the same as."""
     machine: Machine
+    sizes: Sizes
     choices: dict[str, list[Placement]]
     examples: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[dict[str, Any]] = field(default_factory=list)
     tuned: str = "merged"
     """The model that answers as the tuned one."""
+    reserve: float = 0
+    """Seconds of the time that are left for a second comparison and for the other merge."""
 
     @classmethod
     def about(
@@ -64,7 +69,8 @@ class Questions:
         prompts = [each for each in kept if each["asked"]][: settings.examine.prompts]
         machine = _machine(gpus)
         work = _work(kept, prompts, settings, models.adapter)
-        choices = _choices(names, models.base, settings.model, machine, work)
+        sizes = Sizes(models.base, settings.model)
+        choices = sizes.choose(names, machine, work)
         made = cls(
             models,
             settings,
@@ -73,6 +79,7 @@ class Questions:
             names,
             like,
             machine,
+            sizes,
             choices,
         )
         made.tuned = made._choose_tuned()
@@ -88,6 +95,8 @@ class Questions:
         # A quantized model goes where there is room for it, others to the same place.
         alike = len(pair) > 1 and self.like != "trained"
         minutes = self.settings.examine.minutes
+        # One model's share of the time is left for what is asked when the first answers are known.
+        self.reserve = minutes * 60 / (len(self.names) + 1) if len(pair) > 1 else 0.0
         for name in self.names:
             if self.choices[name]:
                 log.event(
@@ -98,7 +107,7 @@ class Questions:
             program=program,
             scratch=self.scratch,
             minutes=minutes,
-            ends=time.monotonic() + minutes * 60,
+            ends=time.monotonic() + minutes * 60 - self.reserve,
             choices=self.choices,
             together=frozenset(pair if alike else ()),
         )
@@ -113,13 +122,13 @@ class Questions:
             "adapter": None if folder else str(self.models.adapter),
             **self._words(folder),
             "check_words": name in ("merged", self.like),
-            "quantized": _quantized(name, self.models.base, model, placement.dtype),
+            "quantized": self.sizes.quantization(name, placement.dtype),
             "device_map": dict(placement.device_map),
             "dtype": placement.dtype,
             "positions": _POSITIONS,
             "chunk": placement.positions,
             "batch": placement.batch,
-            "before": not folder and name in (self.like, self._reference),
+            "before": self._reads_before(name),
             "answers": answers,
             "tokens": tokens,
             "prompts": [{"ids": each["ids"][: each["asked"]], "seen": each.get("seen")} for each in prompts],
@@ -151,7 +160,9 @@ class Questions:
             return {}
         if time.monotonic() > inquiry.ends - self.settings.examine.minutes * 60 * _SHARE:
             return self._leave_other("there was no time left to make it")
+        begun = time.monotonic()
         folder = self.models.other()
+        inquiry.extend(time.monotonic() - begun)  # examine.minutes are for verification only
         if not folder:
             return self._leave_other("there is no room for it on the disk")
         try:
@@ -165,6 +176,36 @@ class Questions:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return {}
+
+    def compare_in_float32(self, inquiry: Inquiry) -> Inquiry | None:
+        """Ask about both models that are compared again, in float32 and about few examples.
+
+        Returns None if they fit nowhere in float32, or there is no time.
+        """
+        pair = ("merged", self.like)
+        exact = FORMATS[0]
+        choices = {name: [each for each in inquiry.choices[name] if each.dtype == exact] for name in pair}
+        if not all(choices.values()):
+            return None
+        log.event(
+            "examine.float32",
+            f"verification: bfloat16 is too coarse to compare {CALLED['merged']} with "
+            f"{CALLED[self.like]}; comparing both again on {choices['merged'][0]}",
+        )
+        folder = self.scratch / exact
+        folder.mkdir()
+        again = replace(inquiry, scratch=folder, choices=choices, found={}, left={}, fallbacks=[])
+        again.ask(pair, functools.partial(self._brief_question, folder), self.plain_examples()[:_FEW])
+        return again
+
+    def _brief_question(self, folder: Path, name: str, placement: Placement) -> dict[str, Any]:
+        """Return what is asked about a model that is only to be compared."""
+        return self.question(name, placement) | {
+            "before": name == self.like,
+            "answers": [],
+            "prompts": [],
+            "logits": str(folder / f"{name}.safetensors"),
+        }
 
     def left(self) -> dict[str, str]:
         """Return which models nobody is asked about, and why."""
@@ -191,7 +232,7 @@ class Questions:
     @property
     def _reference(self) -> str:
         """The model whose losses and answers stand for the adapter."""
-        return "trained" if "trained" in self.names else "adapted"
+        return "trained" if self.choices.get("trained") else "adapted"
 
     def _choose_tuned(self) -> str:
         """Return which model answers as the tuned one: the reference if only that is fast."""
@@ -212,16 +253,14 @@ class Questions:
         return before, tokens, self.prompts if before else []
 
     def _read(self, kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """As many examples as there is time for on the slowest of the models, and one at least."""
-        if not any(self.choices.values()):
+        """Yield as many examples as the slowest of the models has time to read, and at least one."""
+        names = [name for name in self.names if self.choices[name]]
+        if not names:
             return
         share = self.settings.examine.minutes * 60 * _SHARE / (len(self.names) + 1)
-        used = [self.choices[name][0] for name in self.names if self.choices[name]]
-        size = outline(self.models.base, self.settings.model, None, FORMATS[0])[1]
         spent = 0.0
         for number, each in enumerate(kept):
-            tokens = len(each["ids"])
-            spent += max(placement.seconds(size, tokens, self.machine) for placement in used)
+            spent += max(self._reading_seconds(name, each) for name in names)
             if number and spent > share:
                 log.event(
                     "examine.read",
@@ -229,6 +268,18 @@ class Questions:
                 )
                 return
             yield each
+
+    def _reading_seconds(self, name: str, example: Mapping[str, Any]) -> float:
+        """Return about how long a model takes to read an example, with and without the adapter."""
+        placement = self.choices[name][0]
+        size = self.sizes.outline(None, FORMATS[0])[1]
+        trained = sum(label != IGNORED for label in example["labels"])
+        once = placement.seconds(size, len(example["ids"]), trained, self.machine)
+        return once * (2 if self._reads_before(name) else 1)
+
+    def _reads_before(self, name: str) -> bool:
+        """Return whether the loss of a model is measured with the adapter switched off, too."""
+        return not self._folder(name) and name in (self.like, self._reference)
 
     def plain_examples(self) -> list[dict[str, Any]]:
         """Return of the examples what a model gets, and what it should answer."""
@@ -253,53 +304,11 @@ class Questions:
         return {"other": why}
 
 
-def outline(base: Path, model: config.Model, name: str | None, dtype: str) -> Outlined:
-    """Return the base without weights, quantized as for the model `name`, and its size."""
-    described, _ = weights.describe(base, model)
-    settings = _quantized(name, base, model, dtype)
-    how = BitsAndBytesConfig(**settings) if settings else None  # type: ignore[no-untyped-call]
-    number_format: torch.dtype = getattr(torch, dtype)
-    network = load_size.outline(
-        described,
-        how,
-        number_format,
-        trust_remote_code=model.trust_remote_code,
-    )
-    return network, load_size.measure(network, how, number_format)
-
-
 def _machine(gpus: tuple[str, ...]) -> Machine:
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # which the merge may have filled
     free = cluster.free_gpu_memory(gpus)
     return Machine(free or (), cluster.free_memory(), cluster.cpus())
-
-
-def _choices(
-    names: Sequence[str],
-    base: Path,
-    model: config.Model,
-    machine: Machine,
-    work: Work,
-) -> dict[str, list[Placement]]:
-    """Return for each model where it may be, the best first; whole ones go to the same place."""
-    whole = devices.find_placements(functools.partial(outline, base, model, None), machine, work)
-    if not whole:
-        need = devices.least_memory(outline(base, model, None, FORMATS[-1])[1], work)
-        log.warn(
-            "examine.memory",
-            f"the result is not opened as a whole: it takes {log.size(need)} of memory, and "
-            f"{log.size(machine.host)} "
-            f"of the host's and {log.size(sum(machine.gpus))} of the GPUs' are free",
-        )
-    found = {name: list(whole) for name in names}
-    if "trained" in found:
-        # In the format of the others, unless they are on a CPU beside GPUs: then as in training.
-        wanted = whole[0].dtype if whole and (whole[0].fast or not machine.gpus) else FORMATS[-1]
-        formats = [wanted, *(each for each in FORMATS[::-1] if each != wanted)]
-        packed = functools.partial(outline, base, model, "trained")
-        found["trained"] = devices.find_placements(packed, machine, work, formats, quantized=True)
-    return found
 
 
 def _work(
@@ -321,28 +330,6 @@ def _with_adapter(base: Path, model: config.Model) -> list[str]:
     if told.get("quantization_config"):
         return []
     return ["adapted"] if model.quantization == "none" else ["adapted", "trained"]
-
-
-def _quantized(
-    name: str | None,
-    base: Path,
-    model: config.Model,
-    dtype: str,
-) -> dict[str, Any] | None:
-    """Return how bitsandbytes quantizes the model of that name."""
-    if name != "trained":
-        return None
-    how: dict[str, Any] = {"load_in_8bit": True}
-    if model.quantization != "int8":
-        how = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": model.quantization,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_use_double_quant": model.double_quant,
-        }
-    if kept := weights.kept_whole(weights.describe(base, model)[0], getattr(torch, dtype)):
-        how["llm_int8_skip_modules"] = kept
-    return how
 
 
 def _show(

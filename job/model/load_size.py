@@ -135,10 +135,7 @@ def spread(
             whole,
             hf_quantizer=quantizer,
         )
-    devices = set(found.values())
-    if "disk" in devices or ("cpu" in devices and not host):
-        return None
-    return dict(found)
+    return None if "disk" in found.values() else dict(found)
 
 
 def place(

@@ -220,12 +220,20 @@ def _device() -> int | str:
     return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
 
 
-def _quantization(settings: config.Model, described: PretrainedConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(
+    settings: config.Model, model_config: PretrainedConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    found = quantization(settings, model_config, dtype)
+    return BitsAndBytesConfig(**found) if found else None  # type: ignore[no-untyped-call]
+
+
+def quantization(settings: config.Model, model_config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of `BitsAndBytesConfig` to train on a base; none if it stays whole."""
     if settings.quantization == "none":
-        return None
-    how: dict[str, Any] = {"load_in_8bit": True}
+        return {}
+    found: dict[str, Any] = {"load_in_8bit": True}
     if settings.quantization != "int8":
-        how = {
+        found = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": settings.quantization,
             "bnb_4bit_use_double_quant": settings.double_quant,
@@ -234,6 +242,6 @@ def _quantization(settings: config.Model, described: PretrainedConfig, dtype: to
             # on CUDA rewrites what looks like a NaN of bfloat16 or float16 (pytorch issue 159333).
             "bnb_4bit_quant_storage": torch.uint8,
         }
-    if kept := kept_whole(described, dtype):
-        how["llm_int8_skip_modules"] = kept
-    return BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]
+    if kept := kept_whole(model_config, dtype):
+        found["llm_int8_skip_modules"] = kept
+    return found

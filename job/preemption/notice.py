@@ -27,6 +27,7 @@ class Notice:
         self.grace: float | None = None  # seconds from then to the end of the machine, if the cluster said so
         self.at_risk: str | None = None  # why the request may come soon
         self.failure: errors.JobError | None = None  # of another thread, not raised yet
+        self.interruption: BaseException | None = None  # what was raised last in the main thread
         self._hurried: float | None = None  # when a signal came after the first request, by time.monotonic()
         self._failed = threading.Event()
         self._deferred, self._concluded = False, False
@@ -43,10 +44,11 @@ class Notice:
 
     def check(self) -> None:
         """Raise the failure of another thread, once, or `errors.Preempted` if the request has come."""
-        if failure := self.take():
-            raise failure
-        if self.reason:
-            raise errors.Preempted(f"stopped by {self.reason}; start the same command again to go on")
+        self.interruption = self.take()
+        if self.interruption is None and self.reason:
+            self.interruption = errors.Preempted(f"stopped by {self.reason}; start the same command again to go on")
+        if self.interruption is not None:
+            raise self.interruption
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
