@@ -130,11 +130,11 @@ def look(
     only the first of them, so the first ones are what all models have in common.
     """
     found: dict[str, Any] = {}
-    found["losses"], logits = losses(network, examples, model, _reading_deadline(ends))
+    found["losses"], logits = losses(network, examples, model, ends)
     tensors = {"logits": logits}
     if model["before"]:
         with network.disable_adapter():
-            found["losses_before"], tensors["before"] = losses(network, examples, model, _reading_deadline(ends))
+            found["losses_before"], tensors["before"] = losses(network, examples, model, ends)
     save_file(tensors, model["logits"])
     # Answers before and after share the time; those that need less leave more to the others.
     for place, kind in enumerate(model["answers"]):
@@ -145,11 +145,6 @@ def look(
             with network.disable_adapter():
                 found["answers_before"] = answers(network, model, until)
     return found
-
-
-def _reading_deadline(ends: float) -> float:
-    now = time.monotonic()
-    return now + (ends - now) * READING
 
 
 def words(model: dict[str, Any]) -> dict[str, Any]:
@@ -171,11 +166,7 @@ def _tokenizer(model: dict[str, Any]) -> Any:  # noqa: ANN401 - each family has 
 
 @cache
 def _load_tokenizer(folder: str, template: str | None, trust_remote_code: bool) -> Any:  # noqa: ANN401, FBT001 - same
-    found: Any = transformers.AutoTokenizer.from_pretrained(
-        folder,
-        trust_remote_code=trust_remote_code,
-        **_OFFLINE,
-    )
+    found: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **_OFFLINE)
     if template:
         found.chat_template = template
     return found
@@ -231,14 +222,15 @@ def losses(
 ) -> tuple[list[tuple[float, int]], torch.Tensor]:
     """Return sum and count of the trained tokens' losses of each example, and logits at some.
 
-    The logits are [positions, vocabulary], equally many of each example. No example is begun after
-    `ends`, by `time.monotonic`, but the first.
+    The logits are [positions, vocabulary], equally many of each example. When half of the time to
+    `ends` is over, no further example is begun.
     """
+    deadline = time.monotonic() + (ends - time.monotonic()) * READING
     found: list[tuple[float, int]] = []
     kept: list[torch.Tensor] = []
     each = -(-model["positions"] // len(examples))
     for number, example in enumerate(examples):
-        if number and time.monotonic() >= ends:
+        if number and time.monotonic() >= deadline:
             break
         total, count, logits = _measure_example(network, example, model["chunk"], each)
         found.append((total, count))
@@ -305,11 +297,8 @@ def answers(network: Network, model: dict[str, Any], ends: float) -> list[dict[s
     for number, batch in enumerate(batches):
         until = time.monotonic() + (ends - time.monotonic()) / (len(batches) - number)
         prompts = [model["prompts"][place] for place in batch]
-        for place, answer in zip(
-            batch,
-            _answer(network, model, prompts, rooms[batch[0]], until),
-            strict=True,
-        ):
+        written = _answer(network, model, prompts, rooms[batch[0]], until)
+        for place, answer in zip(batch, written, strict=True):
             found[place] = answer
     return found
 
