@@ -22,7 +22,7 @@ CALLED = {
     "trained": "the base as it was trained on, with the adapter",
     "adapted": "the original base with the adapter",
     "merged": "the merged model",
-    "other": "merged otherwise, to compare",
+    "other": "the other merge, for comparison",
 }
 _SHOWN = ("r", "alpha", "dropout", "rslora", "dora")
 _LOAD = {
@@ -135,9 +135,9 @@ def _merge(facts: Mapping[str, Any], seen: Mapping[str, Any]) -> dict[str, str]:
 
 
 def left(seen: Mapping[str, Any]) -> str:
-    """What was not looked at, and why."""
+    """Return a list of what was not verified, and why."""
     told = [f"- {CALLED[name]}: {why}" for name, why in seen.get("left", {}).items()]
-    return "\n".join(["Not looked at:", "", *told]) if told else ""
+    return "\n".join(["Not verified:", "", *told]) if told else ""
 
 
 def losses(seen: Mapping[str, Any]) -> str:

@@ -95,7 +95,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cut(answer: Mapping[str, Any], key: str) -> str:
-    """Return a note for an answer that ended because examine.minutes were over."""
+    """Return a note for an answer that ended because examine.minutes ran out."""
     tokens = answer.get("cut", {}).get(key)
     return "" if tokens is None else f" (cut after {tokens} tokens: the time was over)"
 

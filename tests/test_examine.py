@@ -146,7 +146,7 @@ def test_a_merge_to_compare_with_that_has_no_room_is_said(
     seen = looked(models, tmp_path / "scratch", figures=tmp_path / "figures", quantization="nf4")
 
     assert seen["left"]["other"] == "there is no room for it on the disk"
-    assert "merged otherwise, to compare: not looked at: there is no room for it on the disk" in said()
+    assert "the other merge, for comparison: not verified: there is no room for it on the disk" in said()
 
 
 def test_the_time_for_the_other_merge_is_not_that_for_verification(
@@ -475,7 +475,7 @@ def test_what_can_be_opened_and_not_measured_is_said(kind: str, tmp_path: Path, 
     told = judge.summarize(found, "some text", [], tmp_path, judge.Standard())
 
     assert "RuntimeError: no" in told["left"]["merged"]
-    assert "the merged model: could not be looked at" in said()
+    assert "the merged model: could not be verified" in said()
 
 
 @pytest.mark.parametrize(
@@ -521,7 +521,7 @@ def test_what_takes_too_long_is_left_out_and_said(
 
     assert time.monotonic() - started < 30
     assert (
-        "the merged model, the original base with the adapter: not looked at, because examine.minutes (0.01)" in said()
+        "the merged model, the original base with the adapter: not verified, because examine.minutes (0.01)" in said()
     )
     assert not seen.get("off")
 

@@ -160,8 +160,8 @@ def test_a_model_of_which_there_is_no_answer_in_time_is_left_out(
     made = asked(program, tmp_path)
 
     assert len(program.asked) == 1
-    assert made.left == dict.fromkeys(("adapted", "trained"), "examine.minutes (10) were over")
-    assert "not looked at, because examine.minutes (10) were over" in said()
+    assert made.left == dict.fromkeys(("adapted", "trained"), "examine.minutes (10) ran out")
+    assert "not verified, because examine.minutes (10) ran out" in said()
 
 
 def question(folder: Path, **more: object) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def test_a_run_on_images_goes_on_exactly_and_ends_in_a_model_that_sees(
     seen = json.loads((tmp_path / "run" / "report" / "seen.json").read_text())
     facts = json.loads((tmp_path / "run" / "adapter" / "training.json").read_text())
     assert seen["on"] == facts["loss_measured_on"] == "eval"
-    assert "could not be looked at" not in second.stderr
+    assert "could not be verified" not in second.stderr
     assert seen["loss"]["trained"] == pytest.approx(facts["loss_after"], rel=1e-3)
     assert seen["loss"]["base"] == pytest.approx(facts["loss_before"], rel=1e-3)
     assert len(seen["answers"]) == 2

@@ -33,7 +33,7 @@ class Inquiry:
     """Models that are compared, and so are always on the same devices in the same format."""
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    """Models that were not looked at, and why."""
+    """Models that were not verified, and why."""
     fallbacks: list[str] = field(default_factory=list)
 
     def ask(
@@ -123,8 +123,8 @@ class Inquiry:
             self.left |= dict.fromkeys(names, why)
             log.warn(
                 "examine.left",
-                f"{', '.join(CALLED[name] for name in names)}: not looked at, because {why}",
+                f"{', '.join(CALLED[name] for name in names)}: not verified, because {why}",
             )
 
     def _over(self) -> str:
-        return f"examine.minutes ({self.minutes:g}) were over"
+        return f"examine.minutes ({self.minutes:g}) ran out"

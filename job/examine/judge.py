@@ -112,7 +112,7 @@ def check(found: Found, scratch: Path, like: Standard) -> dict[str, Any]:
         if "error" in each and name == "merged":
             raise errors.ModelError(f"the merged model cannot be opened by plain transformers: {each['error']}")
         if name not in _measured(found):
-            log.warn("examine.failed", f"{CALLED[name]}: could not be looked at ({_fault(each)})")
+            log.warn("examine.failed", f"{CALLED[name]}: could not be verified ({_fault(each)})")
     _sized(found.get("merged", {}), short=like.short)
     if not are_compared(found, like):
         return {}

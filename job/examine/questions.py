@@ -212,7 +212,7 @@ class Questions:
         if not self.models.merged or "adapted" in self.names:
             return {}
         why = "the base comes quantized, and transformers alone cannot load it with an adapter"
-        log.warn("examine.left", f"{CALLED['adapted']}: not looked at: {why}")
+        log.warn("examine.left", f"{CALLED['adapted']}: not verified: {why}")
         return {"adapted": why}
 
     def facts(self, inquiry: Inquiry) -> dict[str, Any]:
@@ -300,7 +300,7 @@ class Questions:
         return rows is not None and tokenizer.count(home, trust_remote_code=trusted) > rows
 
     def _leave_other(self, why: str) -> dict[str, str]:
-        log.warn("examine.left", f"{CALLED['other']}: not looked at: {why}")
+        log.warn("examine.left", f"{CALLED['other']}: not verified: {why}")
         return {"other": why}
 
 
