@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from job import card, cluster, config, errors, examine, inputs, merge, report
 from job.examine import devices, judge, plain
+from job.examine.runner import Outcome, Program
 from job.model import load_size
 
 Job = Callable[..., subprocess.CompletedProcess[str]]
@@ -42,9 +43,28 @@ def models(tiny_model: Path, tmp_path: Path) -> examine.Models:
     return examine.Models(base, tmp_path / "adapter", made, lambda: None)
 
 
+class InThisProcess(Program):
+    """The program without a process of its own, whose imports take longer than what it does here."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def ask(
+        self,
+        models: Sequence[Mapping[str, Any]],
+        examples: Sequence[Mapping[str, Any]],
+        scratch: Path,
+        ends: float,
+    ) -> Outcome:
+        del scratch  # for the files that go between two processes
+        plain._load_tokenizer.cache_clear()
+        questions, texts = json.loads(json.dumps([models, examples]))  # as it would receive them
+        return Outcome({each["name"]: plain.examine(each, texts, ends) for each in questions})
+
+
 def looked(
     models: examine.Models, scratch: Path, minutes: float = 5, figures: Path | None = None, quantization: str = "none",
-    **more: object,
+    program: Program | None = None, **more: object,
 ) -> dict[str, object]:  # fmt: skip
     """What is seen of the models with the examples in `figures`, if there are any."""
     model = {"base": models.base.as_uri(), "quantization": quantization}
@@ -52,8 +72,14 @@ def looked(
         {"run": {"name": "m", "url": "file:///out"}, "model": model, "adapter": {"url": models.adapter.as_uri()},
          "examine": {"minutes": minutes}, **more}
     )  # fmt: skip
-    with examine.started(os.environ, (), wanted=True) as program:
-        return examine.results(models, order, figures, scratch, (), program)
+    return examine.results(models, order, figures, scratch, (), program or InThisProcess())
+
+
+@pytest.fixture
+def program() -> Iterator[Program]:
+    """The program as a run starts it."""
+    with examine.started(os.environ, (), wanted=True) as started:
+        yield started
 
 
 def test_a_run_tells_what_its_result_is_like(
@@ -123,10 +149,10 @@ def test_a_run_that_merges_nothing_answers_too(tiny_run: Callable[..., Path], jo
 
 
 def test_the_merged_model_is_held_against_the_base_with_the_adapter(
-    models: examine.Models, tmp_path: Path, said: Callable[[], str]
+    models: examine.Models, tmp_path: Path, said: Callable[[], str], program: Program
 ) -> None:
     """Without examples of its own, on some text."""
-    seen = looked(models, tmp_path / "scratch")
+    seen = looked(models, tmp_path / "scratch", program=program)
 
     assert seen["class"] == "LlamaForCausalLM"
     assert 0 < float(str(seen["off"])) < 0.02 < float(str(seen["effect"]))
@@ -512,12 +538,12 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_an_error_unless_the_base_has_
 
 
 def test_what_takes_too_long_is_left_out_and_said(
-    models: examine.Models, tmp_path: Path, said: Callable[[], str]
+    models: examine.Models, tmp_path: Path, said: Callable[[], str], program: Program
 ) -> None:
     """A job does not burn hours to look at itself."""
     started = time.monotonic()
 
-    seen = looked(models, tmp_path / "scratch", minutes=0.01)
+    seen = looked(models, tmp_path / "scratch", minutes=0.01, program=program)
 
     assert time.monotonic() - started < 30
     assert (

@@ -145,7 +145,13 @@ def test_a_vocabulary_of_another_size_is_merged_too(
 
     torch.testing.assert_close(adapters.logits(adapters.plain(made)), expected, rtol=1e-5, atol=1e-5)
     assert json.loads((made / "config.json").read_text())["vocab_size"] == 43
-    asked = {"path": base, "adapter": tmp_path / "adapter", "quantized": None, "dtype": "float32", "device_map": "cpu"}
+    asked = {
+        "path": base,
+        "adapter": tmp_path / "adapter",
+        "quantized": None,
+        "dtype": "float32",
+        "device_map": {"": "cpu"},
+    }
     with warnings.catch_warnings(action="ignore"):  # of what a merge by PEFT itself could not do
         alone = plain.load({**asked, "trust_remote_code": False})
         together = adapted.load(adapters.plain(base), {"one": tmp_path / "adapter"})
