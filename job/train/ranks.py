@@ -123,7 +123,7 @@ class Ranks:
 
     @property
     def at(self) -> str:
-        """What this process does since its last mark."""
+        """The name of the last mark: what this process is doing."""
         return self._what
 
     @contextlib.contextmanager
