@@ -186,7 +186,8 @@ def test_a_machine_that_is_cut_off_ends_the_attempt_on_both_sides(
     assert not differences(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_request_to_stop_on_one_machine_stops_all_with_a_checkpoint(
     rank: int, nodes: Callable[[], Nodes], undisturbed: Path, tmp_path: Path
 ) -> None:
