@@ -78,13 +78,14 @@ def _find_interruption(error: BaseException, notice: Notice) -> BaseException | 
     An interruption is raised wherever the main thread is, also below C code, and some of that
     code raises an error of its own in its place, such as a SystemError.
     """
-    if notice.interruption is None or isinstance(error, errors.JobError | errors.Preempted):
-        return None
     link: BaseException | None = error
     while link is not None and link is not notice.interruption:
-        link = link.__cause__ or link.__context__
-    if link is not None:
-        log.detail("run.interrupted", f"a library turned the interruption into {error!r}")
+        # An error of ours that was raised while the interruption was handled, such as by the
+        # release of the lease, is another one; one that was raised from it is the same.
+        ours = isinstance(link, errors.JobError)
+        link = link.__cause__ if ours else link.__cause__ or link.__context__
+    if link is not None and link is not error:
+        log.detail("run.interrupted", f"the interruption was turned into {error!r}")
     return link
 
 

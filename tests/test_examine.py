@@ -21,7 +21,7 @@ from conftest import command, files
 from safetensors.torch import load_file, save_file
 
 from job import card, cluster, config, errors, examine, inputs, merge, report
-from job.examine import devices, judge, plain
+from job.examine import devices, examples, judge, plain
 from job.examine.runner import Outcome, Program
 from job.model import load_size
 
@@ -263,7 +263,7 @@ def write_logits(
     save_file({"logits": before + merged}, folder / "merged.safetensors")
     save_file({"logits": before + adapted, "before": before}, folder / f"{name}.safetensors")
     words = {"tokens": 9, "ids": [], "texts": [], "chat": ""}
-    opened = {"tokenizer": words, "rows": 9, "class": "Llama", "losses": [[1.0, 1]]}
+    opened = {"tokenizer": words, "rows": 9, "class": "Llama", "losses": [[1.0, 1]], "positions": [64]}
     return {
         "merged": {**opened, "name": "merged"},
         name: {**opened, "name": name, "losses_before": [[2.0, 1]]},
@@ -384,24 +384,61 @@ def test_a_weak_adapter_is_no_error_where_float32_does_not_fit(
     seen = looked(weaken(models, 0.15), tmp_path / "scratch")
 
     assert seen["dtype"] == "bfloat16"
-    assert "cannot be told from rounding in bfloat16" in said()
-    assert "more host memory" in said()
+    assert "which rounding in bfloat16 may hide or feign; this machine has no memory to compare in float32" in said()
 
 
 def test_models_that_read_different_numbers_of_examples_are_compared_on_the_common_ones(tmp_path: Path) -> None:
-    """One that ran out of time read fewer: losses and logits of the others are cut to those."""
+    """Also one that read fewer without its adapter: no figure is of examples that another one lacks."""
     generator = torch.manual_seed(0)
     logits, before = (torch.randn(64, 200, generator=generator) for _ in range(2))
     found = write_logits(tmp_path, logits, logits, before)
-    save_file({"logits": (before + logits)[:32].clone()}, tmp_path / "merged.safetensors")
-    found["merged"]["losses"] = [[3.0, 2]]
-    found["adapted"] |= {"losses": [[1.0, 2], [9.0, 3]], "losses_before": [[4.0, 2], [9.0, 3]]}
+    adapted = load_file(tmp_path / "adapted.safetensors")
+    adapted["before"] = adapted["before"][:32].clone()
+    save_file(adapted, tmp_path / "adapted.safetensors")
+    merged = before + logits
+    merged[32:] = 0  # wrong where nothing can be said of the adapter's effect
+    save_file({"logits": merged}, tmp_path / "merged.safetensors")
+    for each in found.values():
+        each |= {"losses": [[1.0, 2], [9.0, 3]], "positions": [32, 32]}
+    found["adapted"]["losses_before"] = [[4.0, 2]]
 
     told = judge.summarize(found, "held-out text", [], tmp_path, judge.Standard())
 
-    assert told["loss"] == {"merged": 1.5, "adapted": 0.5, "base": 2.0}
+    assert told["loss"] == {"merged": 0.5, "adapted": 0.5, "base": 2.0}
     assert told["read"] == 1
     assert judge.check(found, tmp_path, judge.Standard())["off"] == 0
+
+
+@pytest.mark.parametrize("fault", [float("nan"), 3.0], ids=["nan", "wrong"])
+@pytest.mark.usefixtures("in_bfloat16")
+def test_a_fault_in_a_late_example_is_not_hidden_by_the_comparison_in_float32(
+    fault: float, models: examine.Models, tmp_path: Path
+) -> None:
+    """The examples that are compared again are those in which both models differ most."""
+    texts = [[3 + number * 20 + place for place in range(20)] for number in range(4)]
+    held = {"split": "held-out text", "examples": [{"ids": ids, "labels": ids, "asked": 0} for ids in texts]}
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "held-out.json").write_text(json.dumps(held))
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.embed_tokens.weight"][texts[3]] += fault  # tokens of the last example alone
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    assert "off" in looked(models, tmp_path / "good", figures=tmp_path / "figures")
+    with pytest.raises(errors.ModelError, match="does not compute what the base with the adapter does"):
+        looked(damaged(models, damage), tmp_path / "bad", figures=tmp_path / "figures")
+
+
+def test_an_example_is_cut_behind_the_positions_that_are_compared() -> None:
+    """No later token changes their logits; one with images stays, for its tokens stand for them."""
+    ids = list(range(10, 20))
+    example = {"ids": ids, "labels": [plain.IGNORED] * 4 + ids[4:], "seen": None}
+
+    assert examples.shorten(example, 3)["ids"] == ids[:7]
+    assert examples.shorten(example, 3)["labels"] == example["labels"][:7]
+    assert examples.shorten(example, 6) == example
+    assert examples.shorten(example | {"seen": "images"}, 3)["ids"] == ids
 
 
 def test_a_model_whose_size_cannot_be_counted_is_left_out(
@@ -416,9 +453,11 @@ def test_a_model_whose_size_cannot_be_counted_is_left_out(
 
     seen = looked(models, tmp_path / "scratch")
 
-    assert seen["left"]
-    assert "cannot count the memory that this model needs" in said()
-    assert "hidden_size" in said()
+    reason = "the memory that it needs cannot be counted (AttributeError: 'OddConfig' object has no attribute"
+    assert isinstance(seen["left"], dict)
+    assert str(seen["left"]["merged"]).startswith(reason)
+    assert reason in said()
+    assert "not enough memory" not in said()
 
 
 def test_a_merge_into_what_was_quantized_is_held_against_that(tiny_model: Path, tmp_path: Path) -> None:
@@ -546,9 +585,7 @@ def test_what_takes_too_long_is_left_out_and_said(
     seen = looked(models, tmp_path / "scratch", minutes=0.01, program=program)
 
     assert time.monotonic() - started < 30
-    assert (
-        "the merged model, the original base with the adapter: not verified, because examine.minutes (0.01)" in said()
-    )
+    assert "the original base with the adapter: not verified, because its share of examine.minutes (0.01)" in said()
     assert not seen.get("off")
 
 

@@ -35,6 +35,10 @@ class Inquiry:
     left: dict[str, str] = field(default_factory=dict)
     """Models that were not verified, and why."""
     fallbacks: list[str] = field(default_factory=list)
+    nowhere: str = NO_MEMORY
+    """Why a model without choices has none."""
+    left_out: str = "not verified"
+    """What a model is called that is left out."""
 
     def ask(
         self,
@@ -45,7 +49,7 @@ class Inquiry:
         """Ask about the models of those `names` until each is found or left out."""
         pending = list(names)
         for name in [name for name in pending if not self.choices[name]]:
-            self._leave([name], NO_MEMORY)
+            self._leave([name], self.nowhere)
             pending.remove(name)
         while pending:
             if time.monotonic() >= self.ends:
@@ -123,8 +127,8 @@ class Inquiry:
             self.left |= dict.fromkeys(names, why)
             log.warn(
                 "examine.left",
-                f"{', '.join(CALLED[name] for name in names)}: not verified, because {why}",
+                f"{', '.join(CALLED[name] for name in names)}: {self.left_out}, because {why}",
             )
 
     def _over(self) -> str:
-        return f"examine.minutes ({self.minutes:g}) ran out"
+        return f"its share of examine.minutes ({self.minutes:g}) ran out"

@@ -1,7 +1,7 @@
 """What the figures say: is the merged model what was trained, which base is nearer to it, and what has it learned."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -90,23 +90,35 @@ class Difference:
         return self.shows and self.has_adapter and self.off <= _USUAL
 
 
-def is_certain(found: Found, scratch: Path, like: Standard) -> bool:
-    """Return whether `check` can rely on the format that both models were computed in."""
-    if not are_compared(found, like):
-        return True
-    difference = _measure_difference(scratch, like)
-    return not math.isfinite(difference.effect) or difference.is_certain
-
-
 def are_compared(found: Found, like: Standard) -> bool:
     """Return whether both models that `check` compares were measured."""
     return {"merged", like.name} <= _measured(found).keys()
 
 
-def check(found: Found, scratch: Path, like: Standard) -> dict[str, Any]:
+def is_certain(found: Found, scratch: Path, like: Standard) -> bool:
+    """Return whether `check` can rely on the format that both models were computed in."""
+    if not are_compared(found, like):
+        return True
+    difference = _measure_difference(found, scratch, like)
+    finite = math.isfinite(difference.effect) and math.isfinite(difference.off)
+    return not finite or difference.is_certain  # what is no number is none in float32 either
+
+
+def order_by_difference(found: Found, scratch: Path, like: Standard) -> list[int]:
+    """Return the numbers of the examples, those first in which both models differ most."""
+    read, rows = _count_common([found["merged"], found[like.name]])
+    sizes = list(found["merged"]["positions"][:read])
+    merged, adapted = (torch.split(_logits(scratch, name, rows), sizes) for name in ("merged", like.name))
+    distances = [_distance(one, other) for one, other in zip(merged, adapted, strict=True)]
+    known = [each if math.isfinite(each) else 0.0 for each in distances]  # NaN: no position was compared
+    return sorted(range(read), key=lambda number: -known[number])
+
+
+def check(found: Found, scratch: Path, like: Standard, coarse: str = "") -> dict[str, Any]:
     """Return for the report how near the merged model is to what it should be `like`.
 
-    Raises `errors.ModelError` if it is something else.
+    `coarse` is why no finer format could be used, if the one in use may not suffice. Raises
+    `errors.ModelError` if it is something else.
     """
     for name, each in found.items():
         if "error" in each and name == "merged":
@@ -117,7 +129,7 @@ def check(found: Found, scratch: Path, like: Standard) -> dict[str, Any]:
     if not are_compared(found, like):
         return {}
     _compare_tokenizers(found["merged"]["tokenizer"], found[like.name]["tokenizer"])
-    return _compare(found["merged"]["class"], _measure_difference(scratch, like))
+    return _compare(found["merged"]["class"], _measure_difference(found, scratch, like), coarse)
 
 
 def summarize(
@@ -125,7 +137,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return losses, distances and answers for the report, and of which models there are none and why."""
     good = _measured(found)
-    read = min((len(each["losses"]) for each in good.values()), default=0)
+    read, rows = _count_common(good.values())
     told: dict[str, Any] = {
         "left": {name: _fault(each) for name, each in found.items() if name not in good},
         "on": split,
@@ -137,7 +149,7 @@ def summarize(
         told["loss"]["base"] = _average(reference["losses_before"][:read])
     if "trained" in good:
         told["from_trained"] = {
-            name: _distance(_logits(scratch, name), _logits(scratch, "trained"))
+            name: _distance(_logits(scratch, name, rows), _logits(scratch, "trained", rows))
             for name in ("merged", "other")
             if name in good
         }
@@ -205,9 +217,18 @@ def _compare_tokenizers(merged: Mapping[str, Any], adapted: Mapping[str, Any]) -
             raise errors.ModelError(f"the merged model's tokenizer {shown} than the adapter's: {merged[what]}")
 
 
-def _measure_difference(scratch: Path, like: Standard) -> Difference:
-    merged = _logits(scratch, "merged")
-    adapted, before = (_logits(scratch, like.name, which) for which in ("logits", "before"))
+def _count_common(measured: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return how many examples all these models read, and how many logits are of those."""
+    models = list(measured)
+    counts = [len(each[key]) for each in models for key in ("losses", "losses_before") if key in each]
+    read = min(counts, default=0)
+    return read, sum(models[0]["positions"][:read]) if models else 0
+
+
+def _measure_difference(found: Found, scratch: Path, like: Standard) -> Difference:
+    _, rows = _count_common([found["merged"], found[like.name]])
+    merged = _logits(scratch, "merged", rows)
+    adapted, before = (_logits(scratch, like.name, rows, which) for which in ("logits", "before"))
     return Difference(
         off=_distance(merged, adapted),
         effect=_distance(before, adapted),
@@ -216,7 +237,7 @@ def _measure_difference(scratch: Path, like: Standard) -> Difference:
     )
 
 
-def _compare(kind: str, difference: Difference) -> dict[str, Any]:
+def _compare(kind: str, difference: Difference, coarse: str) -> dict[str, Any]:
     """Raise `errors.ModelError` unless the merged model, of class `kind`, may be a good one."""
     off, effect, share = difference.off, difference.effect, difference.share
     numbers = difference.numbers
@@ -229,8 +250,8 @@ def _compare(kind: str, difference: Difference) -> dict[str, Any]:
             f"off by {off:.1%}, where {difference.allowed:.1%} is allowed; of what the adapter makes, which "
             f"is {effect:.1%}, it has {share:.0%}"
         )
-    if not difference.has_adapter or (numbers == FORMATS[1] and not difference.shows):
-        log.warn("examine.faint", _explain_faint(difference))
+    if not difference.has_adapter or coarse:
+        log.warn("examine.faint", _explain_faint(difference, coarse))
     log.event(
         "examine.merged",
         f"transformers alone opens the merged model ({kind}): its logits are within {off:.2%} of those of "
@@ -241,8 +262,8 @@ def _compare(kind: str, difference: Difference) -> dict[str, Any]:
     return {"class": kind, "off": off, "effect": effect, "dtype": numbers}
 
 
-def _explain_faint(difference: Difference) -> str:
-    """Return what to say of a merged model that seems to have the adapter not at all, or twice."""
+def _explain_faint(difference: Difference, coarse: str) -> str:
+    """Return what to say where it is not certain that the merged model has the adapter, once."""
     measured = (
         f"the adapter changes the logits by {difference.effect:.2%}, and the merged model seems to "
         f"have {difference.share:.0%} of that"
@@ -252,21 +273,23 @@ def _explain_faint(difference: Difference) -> str:
             f"{measured}: so small a change is partly lost when the weights are rounded to "
             "merge.dtype; merge.dtype float32 keeps all of it"
         )
+    uncertain = f"{measured}, which rounding in {difference.numbers} may hide or feign"
+    if not coarse:
+        return uncertain
     return (
-        f"{measured}: so small a change cannot be told from rounding in {difference.numbers}, and "
-        "this machine has no memory or time to compare in float32. Run `merge` on a machine with "
-        "more host memory, or raise examine.minutes, to be certain"
+        f"{uncertain}; {coarse}. To be certain, run `merge` on a machine with more host memory, or "
+        "raise examine.minutes"
     )
 
 
-def _logits(scratch: Path, name: str, which: str = "logits") -> torch.Tensor:
-    return load_file(scratch / f"{name}.safetensors")[which].double()
+def _logits(scratch: Path, name: str, rows: int, which: str = "logits") -> torch.Tensor:
+    return load_file(scratch / f"{name}.safetensors")[which][:rows].double()
 
 
 def _cut_alike(*logits: torch.Tensor) -> list[torch.Tensor]:
-    """Return of [positions, vocabulary] what all have: not all models read all examples."""
-    rows, columns = (min(each.shape[place] for each in logits) for place in (0, 1))
-    return [each[:rows, :columns] for each in logits]
+    """Return of [positions, vocabulary] the words that all have."""
+    words = min(each.shape[1] for each in logits)
+    return [each[:, :words] for each in logits]
 
 
 def _share(merged: torch.Tensor, adapted: torch.Tensor, before: torch.Tensor) -> float:

@@ -94,13 +94,14 @@ def _compare(questions: "Questions", inquiry: "Inquiry") -> dict[str, Any]:
     from job.examine import judge
 
     standard = questions.standard(inquiry)
-    if not judge.is_certain(inquiry.found, questions.scratch, standard):
-        again = questions.compare_in_float32(inquiry)
-        if again and judge.are_compared(again.found, standard):
-            inquiry.fallbacks += again.fallbacks
-            found = {**inquiry.found, **again.found}
-            return judge.check(found, again.scratch, questions.standard(again))
-    return judge.check(inquiry.found, questions.scratch, standard)
+    if judge.is_certain(inquiry.found, questions.scratch, standard):
+        return judge.check(inquiry.found, questions.scratch, standard)
+    order = judge.order_by_difference(inquiry.found, questions.scratch, standard)
+    again, why = questions.compare_in_float32(inquiry, order)
+    if not judge.are_compared(again.found, standard):
+        return judge.check(inquiry.found, questions.scratch, standard, why)
+    inquiry.fallbacks += again.fallbacks
+    return judge.check({**inquiry.found, **again.found}, again.scratch, questions.standard(again))
 
 
 def _held_out(figures: Path | None) -> dict[str, Any] | None:

@@ -131,10 +131,12 @@ def look(
     """
     found: dict[str, Any] = {}
     found["losses"], logits = losses(network, examples, model, ends)
-    tensors = {"logits": logits}
+    found["positions"] = [len(each) for each in logits]
+    tensors = {"logits": torch.cat(logits)}
     if model["before"]:
         with network.disable_adapter():
-            found["losses_before"], tensors["before"] = losses(network, examples, model, ends)
+            found["losses_before"], before = losses(network, examples, model, ends)
+        tensors["before"] = torch.cat(before)
     save_file(tensors, model["logits"])
     # Answers before and after share the time; those that need less leave more to the others.
     for place, kind in enumerate(model["answers"]):
@@ -219,10 +221,10 @@ def losses(
     examples: Sequence[dict[str, Any]],
     model: dict[str, Any],
     ends: float,
-) -> tuple[list[tuple[float, int]], torch.Tensor]:
-    """Return sum and count of the trained tokens' losses of each example, and logits at some.
+) -> tuple[list[tuple[float, int]], list[torch.Tensor]]:
+    """Return of each example sum and count of the trained tokens' losses, and logits at some.
 
-    The logits are [positions, vocabulary], equally many of each example. When half of the time to
+    The logits are [positions, vocabulary], of about as many positions of each example. When half of the time to
     `ends` is over, no further example is begun.
     """
     deadline = time.monotonic() + (ends - time.monotonic()) * READING
@@ -234,8 +236,8 @@ def losses(
             break
         total, count, logits = _measure_example(network, example, model["chunk"], each)
         found.append((total, count))
-        kept += logits
-    return found, torch.cat(kept)
+        kept.append(torch.cat(logits) if logits else torch.empty(0))
+    return found, kept
 
 
 def _measure_example(

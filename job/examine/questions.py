@@ -1,6 +1,5 @@
 """The questions about each model: where it is, how it is loaded, and what is asked of it."""
 
-import base64
 import functools
 import json
 import math
@@ -12,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from job import cluster, config, log
 from job.card import CALLED
 from job.examine import judge
 from job.examine.devices import FORMATS, Machine, Placement, Work
-from job.examine.inquiry import Inquiry
+from job.examine.examples import add_pixels, shorten
+from job.examine.inquiry import NO_MEMORY, Inquiry
 from job.examine.look import Models
 from job.examine.runner import Program
 from job.examine.sizes import Sizes
-from job.model import saved, tokenizer, vision, weights
+from job.model import saved, tokenizer, weights
 from job.model.shard import Shard
 from job.model.tokenizer import IGNORED
 
@@ -86,7 +85,7 @@ class Questions:
         made.examples, made.prompts = list(made._read(kept)), prompts
         shown = [each for each in (*made.examples, *prompts) if "images" in each]
         if shown:
-            _show(shown, models, settings, scratch)
+            add_pixels(shown, models, settings, scratch)
         return made
 
     def inquiry(self, program: Program) -> Inquiry:
@@ -95,8 +94,11 @@ class Questions:
         # A quantized model goes where there is room for it, others to the same place.
         alike = len(pair) > 1 and self.like != "trained"
         minutes = self.settings.examine.minutes
-        # One model's share of the time is left for what is asked when the first answers are known.
-        self.reserve = minutes * 60 / (len(self.names) + 1) if len(pair) > 1 else 0.0
+        # One model's share of the time is left for what may be asked when the first answers are known.
+        exact = self._exact_choices(self.choices)
+        coarse = all(exact.values()) and any(self.choices[name][0].dtype != FORMATS[0] for name in exact)
+        if len(pair) > 1 and (coarse or "trained" in self.names):
+            self.reserve = minutes * 60 / (len(self.names) + 1)
         for name in self.names:
             if self.choices[name]:
                 log.event(
@@ -110,6 +112,7 @@ class Questions:
             ends=time.monotonic() + minutes * 60 - self.reserve,
             choices=self.choices,
             together=frozenset(pair if alike else ()),
+            nowhere=self.sizes.unknown or NO_MEMORY,
         )
 
     def question(self, name: str, placement: Placement) -> dict[str, Any]:
@@ -177,26 +180,40 @@ class Questions:
             shutil.rmtree(folder, ignore_errors=True)
         return {}
 
-    def compare_in_float32(self, inquiry: Inquiry) -> Inquiry | None:
+    def compare_in_float32(self, inquiry: Inquiry, order: Sequence[int]) -> tuple[Inquiry, str]:
         """Ask about both models that are compared again, in float32 and about few examples.
 
-        Returns None if they fit nowhere in float32, or there is no time.
+        `order` are the numbers of the examples, those first on which the models differ most. Return
+        what was found, and why it does not suffice, if it does not.
         """
-        pair = ("merged", self.like)
-        exact = FORMATS[0]
-        choices = {name: [each for each in inquiry.choices[name] if each.dtype == exact] for name in pair}
+        folder = self.scratch / FORMATS[0]
+        folder.mkdir()
+        choices = self._exact_choices(inquiry.choices)
+        again = replace(
+            inquiry, scratch=folder, choices=choices, found={}, left={}, fallbacks=[],
+            left_out=f"not compared in {FORMATS[0]}",
+        )  # fmt: skip
         if not all(choices.values()):
-            return None
+            return again, "this machine has no memory to compare in float32"
+        examples = self.plain_examples()
+        few = [shorten(examples[number], _POSITIONS // _FEW) for number in order[:_FEW] if examples]
+        seconds = sum(self._reading_seconds(choices, name, each) for name in choices for each in few)
+        if time.monotonic() + seconds > again.ends:
+            return again, "examine.minutes leave no time to compare in float32"
         log.event(
             "examine.float32",
             f"verification: bfloat16 is too coarse to compare {CALLED['merged']} with "
-            f"{CALLED[self.like]}; comparing both again on {choices['merged'][0]}",
+            f"{CALLED[self.like]}; comparing both again in float32",
         )
-        folder = self.scratch / exact
-        folder.mkdir()
-        again = replace(inquiry, scratch=folder, choices=choices, found={}, left={}, fallbacks=[])
-        again.ask(pair, functools.partial(self._brief_question, folder), self.plain_examples()[:_FEW])
-        return again
+        again.ask(choices, functools.partial(self._brief_question, folder), few)
+        missing = [f"{CALLED[name]}: {why}" for name, why in again.left.items()]
+        return again, f"the comparison in float32 failed ({'; '.join(missing)})"
+
+    def _exact_choices(self, choices: Mapping[str, list[Placement]]) -> dict[str, list[Placement]]:
+        """Return where the models that are compared may be in float32."""
+        return {
+            name: [each for each in choices.get(name, ()) if each.dtype == FORMATS[0]] for name in ("merged", self.like)
+        }
 
     def _brief_question(self, folder: Path, name: str, placement: Placement) -> dict[str, Any]:
         """Return what is asked about a model that is only to be compared."""
@@ -260,7 +277,7 @@ class Questions:
         share = self.settings.examine.minutes * 60 * _SHARE / (len(self.names) + 1)
         spent = 0.0
         for number, each in enumerate(kept):
-            spent += max(self._reading_seconds(name, each) for name in names)
+            spent += max(self._reading_seconds(self.choices, name, each) for name in names)
             if number and spent > share:
                 log.event(
                     "examine.read",
@@ -269,9 +286,9 @@ class Questions:
                 return
             yield each
 
-    def _reading_seconds(self, name: str, example: Mapping[str, Any]) -> float:
+    def _reading_seconds(self, choices: Mapping[str, list[Placement]], name: str, example: Mapping[str, Any]) -> float:
         """Return about how long a model takes to read an example, with and without the adapter."""
-        placement = self.choices[name][0]
+        placement = choices[name][0]
         size = self.sizes.outline(None, FORMATS[0])[1]
         trained = sum(label != IGNORED for label in example["labels"])
         once = placement.seconds(size, len(example["ids"]), trained, self.machine)
@@ -330,30 +347,3 @@ def _with_adapter(base: Path, model: config.Model) -> list[str]:
     if told.get("quantization_config"):
         return []
     return ["adapted"] if model.quantization == "none" else ["adapted", "trained"]
-
-
-def _show(
-    examples: Sequence[dict[str, Any]],
-    models: Models,
-    settings: config.Config | config.Merging,
-    scratch: Path,
-) -> None:
-    """Put what the model gets of an example's images into a file, whose path is added to it."""
-    trusted = settings.model.trust_remote_code
-    words = tokenizer.trained_with(models.adapter, models.base, trust_remote_code=trusted)
-    tokenizer.pad(words, tokenizer.rows(models.base, trust_remote_code=trusted))
-    pixels = settings.data.max_pixels if isinstance(settings, config.Config) else None
-    seeing = vision.Vision(models.base, words, pixels)
-    for number, each in enumerate(examples):
-        if "seen" in each:  # it is read and asked
-            continue
-        made = seeing.batch([each["text"]], [[base64.b64decode(image) for image in each["images"]]])
-        ids, count = made.pop("input_ids"), len(each["ids"])
-        made.pop("attention_mask")
-        held = {}
-        for name, value in made.items():
-            of_tokens = value.shape == ids.shape
-            kind, cut = ("token", value[:, :count]) if of_tokens else ("image", value)
-            held[f"{kind}.{name}"] = cut.contiguous()
-        each["seen"] = str(scratch / f"seen-{number}.safetensors")
-        save_file(held, each["seen"])

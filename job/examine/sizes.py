@@ -15,7 +15,7 @@ from job.model import load_size, weights
 
 # What transformers and `load_size` raise for a model of a kind that they do not know.
 _UNCOUNTABLE = (
-    AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError,
+    AttributeError, ImportError, IndexError, KeyError, OSError, TypeError, ValueError,
 )  # fmt: skip
 
 
@@ -24,6 +24,7 @@ class Sizes:
 
     def __init__(self, base: Path, model: config.Model) -> None:
         self._base, self._model = base, model
+        self.unknown = ""
         self._outlines: dict[tuple[bool, str], Outlined] = {}
 
     def outline(self, name: str | None, dtype: str) -> Outlined:
@@ -55,16 +56,12 @@ class Sizes:
     def choose(self, names: Sequence[str], machine: Machine, work: Work) -> dict[str, list[Placement]]:
         """Return for each model where it may be, the best first; whole ones go to the same place.
 
-        A model whose size cannot be counted may be nowhere.
+        A model whose size cannot be counted may be nowhere; `unknown` says why then.
         """
         try:
             return self._choose(names, machine, work)
         except _UNCOUNTABLE as e:
-            log.warn(
-                "examine.unsized",
-                "cannot count the memory that this model needs, so it is not opened for verification; "
-                f"only the sums of its weights were checked ({type(e).__name__}: {e})",
-            )
+            self.unknown = f"the memory that it needs cannot be counted ({type(e).__name__}: {e})"
             return {name: [] for name in names}
 
     def _choose(self, names: Sequence[str], machine: Machine, work: Work) -> dict[str, list[Placement]]:
