@@ -75,9 +75,9 @@ def find(text: str, free: int | None = None) -> Failure | None:
 
 
 def lost_another(text: str) -> bool:
-    """Return whether a process that was aborted with these last words had only lost another one.
+    """Whether a process that was aborted with these last words had only lost another one.
 
-    One whose words name no other process was aborted for a reason of its own.
+    Who says nothing of any other process was aborted for a reason of its own.
     """
     failure = find(text)
     return failure.kind == "peer" if failure else bool(_TALKS_TO_OTHERS.search(text))
@@ -89,7 +89,7 @@ def explain(failure: Failure, settings: Config, more: str = "") -> errors.JobErr
         told = f"the GPU's memory is too small{more}: {failure.said}"
         if _is_fragmented(failure.said):
             return errors.GpuBusyError(
-                f"{told}. torch held as much unused memory in smaller pieces: a new start begins without them"
+                f"{told}. torch held as much unused in smaller pieces, which a new start does not"
             )
         return errors.GpuMemoryError(f"{told}. {_less_on_the_gpu(settings)}")
     if failure.kind == "host memory":
@@ -113,7 +113,7 @@ def killed_for_memory(settings: Config, limit: int | None) -> errors.HostMemoryE
     """
     within = f" (its container may have {limit / 2**30:.1f} GiB)" if limit else ""
     return errors.HostMemoryError(
-        f"host memory ran out, and the kernel killed the process{within}. {_less_on_the_host(settings)}"
+        f"the kernel killed it, for host memory ran out{within}. {_less_on_the_host(settings)}"
     )
 
 
@@ -129,7 +129,7 @@ def _kind(source: str, said: str, free: int | None) -> Kind:
 
 
 def _is_fragmented(said: str) -> bool:
-    """Return whether torch had as much memory unused as it asked for in vain."""
+    """Whether torch had as much memory unused as it asked for in vain."""
     tried, unused = _TRIED.search(said), _UNUSED.search(said)
     return bool(tried and unused and _bytes(unused[1]) >= _bytes(tried[1]))
 
@@ -140,7 +140,7 @@ def _bytes(size: str) -> float:
 
 
 def _less_on_the_gpu(settings: Config) -> str:
-    """Return what to change in this config, first the keys that leave the result as it is."""
+    """What of this config to change, the keys that leave the result as it is first."""
     changes = []
     if settings.train.micro_batch_size > 1:
         changes.append(
@@ -175,13 +175,13 @@ def _gpu_error(said: str, more: str) -> errors.JobError:
         )
     if "device-side assert" in said:
         return errors.GpuError(
-            f"{told}. A kernel got an index out of range, such as a token that the model has no row "
-            "for; the lines that CUDA printed above name the kernel. Start again with "
-            "CUDA_LAUNCH_BLOCKING=1 to see the call"
+            f"{told}. A kernel was given a number out of its range, such as a token that the model "
+            "has no row for; it says where in the lines above. Start again with "
+            "CUDA_LAUNCH_BLOCKING=1 to see which call"
         )
     look = "look at `dmesg | grep -i xid` and `nvidia-smi -q -d ECC` there"
     if _HARDWARE.search(said):
         out = "The GPU or its link is broken: take the node out of service"
     else:
-        out = "If it happens again on the same node, take the node out of service"
+        out = "If it comes again on the same node, take that out of service"
     return errors.GpuError(f"{told}. {out}, and {look}")

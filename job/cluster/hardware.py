@@ -82,8 +82,20 @@ def total_memory() -> int:
 
 def memory(gpus: tuple[str, ...]) -> int | None:
     """Bytes of memory of the smallest of these GPUs; None without any, or if the driver's library does not say."""
-    sizes = _read_memory(gpus, "distributed.strategy auto takes it for large enough")
-    return min(total for total, _ in sizes) if sizes else None
+    if not gpus:
+        return None
+    import pynvml
+
+    opened = _opened()
+    try:
+        return min(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)).total) for gpu in gpus)
+    except (pynvml.NVMLError, IndexError) as e:
+        log.warn(
+            "cluster.memory",
+            f"the driver does not tell the memory of GPU {', '.join(gpus)} ({e}): distributed.strategy auto takes it "
+            "for large enough",
+        )
+        return None
 
 
 def memory_in_use(gpu: str) -> int:
@@ -103,26 +115,20 @@ def free_gpu_memory(gpus: tuple[str, ...]) -> tuple[int, ...] | None:
 
     What this process itself has on them counts as used, its CUDA context too.
     """
-    sizes = _read_memory(gpus, "it is not used to verify the result")
-    return tuple(free for _, free in sizes) if sizes else None
-
-
-def _read_memory(gpus: Sequence[str], consequence: str) -> list[tuple[int, int]]:
-    """Return total and free bytes of each of these GPUs; nothing if the driver does not say."""
     if not gpus:
-        return []
+        return None
     import pynvml
 
     opened = _opened()
     try:
-        read = [pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)) for gpu in gpus]
+        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)).free) for gpu in gpus)
     except (pynvml.NVMLError, IndexError) as e:
         log.warn(
-            "cluster.memory",
-            f"the driver does not tell the memory of GPU {', '.join(gpus)} ({e}): {consequence}",
+            "cluster.free_memory",
+            f"the driver does not tell how much memory of GPU {', '.join(gpus)} is free ({e}): it is not used to "
+            "verify the result",
         )
-        return []
-    return [(int(each.total), int(each.free)) for each in read]
+        return None
 
 
 def describe_gpus(gpus: Sequence[str]) -> list[Gpu]:

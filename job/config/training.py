@@ -106,10 +106,7 @@ class Distributed(Section):
     processes_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """auto: one per GPU, one on the CPU."""
     offload: bool = False
-    """Keep sharded weights (fsdp, zero3) and optimizer state (zero2, zero3) in host memory.
-
-    Slower; for models that do not fit on the GPUs otherwise.
-    """
+    """Keep what is shared out in host memory (fsdp, zero2, zero3): slower, for models that do not fit otherwise."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
     """How long a micro batch, or the wait for others in it, may take before the attempt ends."""
 
@@ -124,9 +121,9 @@ class Examine(Section):
     """Opening the result as its users will, and asking it, before the run is done."""
 
     minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Minutes that verification may take. The report names each model that time or memory did not suffice for.
+    """How long that may take; what there is no time or memory for is left out, and said.
 
-    0 opens no model and checks only the sums of the weights (``merge --verify sums``).
+    0: only the sums are checked, and no model is opened (``merge --verify sums``).
     """
     prompts: Annotated[int, Field(ge=0, le=64)] = 4
     """Held-out examples that are answered before and after training, for the report."""

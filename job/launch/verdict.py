@@ -33,7 +33,7 @@ def judge(given: Task, environ: Mapping[str, str]) -> None:
         if team.nodes == 1:
             raise errors.WorkerError(lost[0].why, errors.FAILED)
         time.sleep(_REASON_SECONDS)  # interrupted by the reason, if another machine tells it
-        raise errors.PeerError(f"{lost[0].why}. Start all nodes again to resume")
+        raise errors.PeerError(f"{lost[0].why}. Start again on all nodes to go on")
     if any(outcome.status == errors.AGAIN for outcome in outcomes):
         raise errors.Preempted("training was stopped; start the same command again to go on")
 
@@ -97,8 +97,8 @@ def _failure(first: Outcome, team: Team, environ: Mapping[str, str]) -> errors.W
     used = cluster.memory_in_use(gpu) if gpu and first.fault == "gpu memory" else 0
     if used > _SHARED_BYTES:
         return errors.WorkerError(
-            f"{why}. But other processes use {log.size(used)} of that GPU: end them and start "
-            "again; training may fit then",
+            f"{why}. But other processes use {log.size(used)} of that GPU: end them, or start "
+            "again when they have ended; what training needs may fit then",
             errors.FAILED,
         )
     return errors.WorkerError(why, first.status)

@@ -123,7 +123,7 @@ class Ranks:
 
     @property
     def at(self) -> str:
-        """The name of the last mark: what this process is doing."""
+        """What this process does since its last mark."""
         return self._what
 
     @contextlib.contextmanager
