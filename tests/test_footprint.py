@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_families import random_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from job import checkpoint, config, errors, inputs, launch, log
+from job import checkpoint, config, errors, inputs, launch
 from job.launch import planning, strategy
 from job.model import footprint, load_size, lora, measure, parts, weights
 from job.model.footprint import Footprint
@@ -256,20 +256,19 @@ def test_copies_of_the_state_need_host_memory(tmp_path: Path) -> None:
         inputs.Team(nodes=2, processes=4, strategy="fsdp", gpus=True),
         strategy.estimate(read, sizes),
     )
-    copies, base = 3 * 12 * sizes.trained, planning.count_offloaded(read, need, team)
-    assert base == pytest.approx(need.base / 2, abs=1)
+    copies, base = 3 * 12 * sizes.trained, need.base / 2
 
     fits = int(copies + base) + 1
-    planning.check_host_memory(read, need, base, fits, fits)
-    told = r"up to 3 copies of the training state, of 9\.9 GB each, .* and 19\.\d GB of dist.* has 49\.\d GB"
+    planning.check_host_memory(read, need, team, fits, fits)
+    told = r"up to 3 copies of the training state, of 9\.9 GB each, .* and 19\.\d GB of the base .* has 49\.\d GB"
     with pytest.raises(errors.ConfigError, match=told):
-        planning.check_host_memory(read, need, base, fits - 2, fits - 2)
+        planning.check_host_memory(read, need, team, fits - 2, fits - 2)
     with pytest.raises(errors.HostMemoryError, match=r"has 49\.\d GB of its 64\.0 GB free: end what else uses"):
-        planning.check_host_memory(read, need, base, fits - 2, 64 * 10**9)
+        planning.check_host_memory(read, need, team, fits - 2, 64 * 10**9)
 
     last, _ = sized("Llama-3.1-70B-Instruct", tmp_path, train={**train, "keep_best": False}, **more)
     fits = int(copies * 2 / 3 + base) + 1
-    planning.check_host_memory(last, need, base, fits, fits)
+    planning.check_host_memory(last, need, team, fits, fits)
     assert (checkpoint.most_copies(keep_best=True), checkpoint.most_copies(keep_best=False)) == (
         3,
         2,
@@ -355,107 +354,3 @@ def test_a_model_that_cannot_be_sized_up_is_no_reason_to_refuse_a_run(
 
     assert footprint.read(tmp_path) is None
     assert "cannot estimate the memory of this model" in said()
-
-
-def test_every_machine_has_room_for_what_is_offloaded() -> None:
-    """Each has its own memory, and is checked against it before it downloads anything."""
-    planning.check_offloaded(10**9, 10**9, 10**9)
-
-    with pytest.raises(errors.ConfigError, match=r"distributed\.offload keeps 2\.0 GB .* container has 1\.0 GB"):
-        planning.check_offloaded(2 * 10**9, 10**9, 10**9)
-    with pytest.raises(errors.HostMemoryError, match=r"has 1\.0 GB of its 4\.0 GB free"):
-        planning.check_offloaded(2 * 10**9, 10**9, 4 * 10**9)
-
-
-@pytest.mark.parametrize(
-    ("strategy_name", "base", "optimizer"),
-    [("fsdp", True, False), ("zero2", False, True), ("zero3", True, True)],
-)
-def test_only_what_is_offloaded_counts_as_host_memory(
-    strategy_name: str, base: bool, optimizer: bool, tmp_path: Path  # noqa: FBT001 - parameters
-) -> None:  # fmt: skip
-    """That is the frozen base under fsdp, the optimizer under ZeRO-2, and both under ZeRO-3."""
-    offload = {"strategy": strategy_name, "offload": True}
-    train = {"optimizer": "adamw_torch"}
-    read, sizes = sized("Llama-3.1-8B-Instruct", tmp_path, distributed=offload, train=train)
-    need = strategy.estimate(read, sizes)
-    team = inputs.Team(processes=2, strategy=strategy_name, gpus=True)
-
-    offloaded = planning.count_offloaded(read, need, team)
-
-    assert offloaded == pytest.approx(need.base * base + need.optimizer * optimizer, abs=1)
-
-
-@pytest.mark.parametrize(("host", "shards"), [(64, 4), (16, 8)])
-def test_an_offloaded_base_is_in_host_memory_and_not_on_the_gpus(host: int, shards: int, tmp_path: Path) -> None:
-    """Two cards of 6 GB would not hold a share of 70B; they need not, if a node's memory does."""
-    read, sizes = sized(
-        "Llama-3.1-70B-Instruct", tmp_path, distributed={"strategy": "fsdp", "offload": True},
-        data={"max_length": 256}, train={"micro_batch_size": 1},
-    )  # fmt: skip
-    team = inputs.Team(nodes=2, processes=4, gpus=True)
-
-    placed = launch.place(read, sizes, team, 10 * GIB, host * GIB)
-
-    assert placed.shards == shards
-
-
-def test_what_offloading_leaves_on_a_gpu_has_to_fit(tmp_path: Path) -> None:
-    """A gathered layer, the embeddings and the adapter stay there."""
-    read, sizes = sized("Llama-3.1-70B-Instruct", tmp_path, distributed={"strategy": "fsdp", "offload": True})
-
-    with pytest.raises(errors.ConfigError, match=r"even with distributed\.offload \d\.\d GB of that"):
-        launch.choose(read, sizes, inputs.Team(processes=4, gpus=True), 4 * GIB)
-
-
-def test_the_share_that_is_told_is_the_one_that_will_be_used(tmp_path: Path, said: Callable[[], str]) -> None:
-    """Sharded within a node of four, each card holds a quarter, however many nodes there are."""
-    read, sizes = sized("Llama-3.1-70B-Instruct", tmp_path)
-    team = inputs.Team(nodes=2, processes=4, gpus=True)
-
-    placed = launch.place(read, sizes, team, 24 * GIB)
-
-    need = strategy.estimate(read, sizes)
-    assert placed.shards == 4
-    assert f"a share of it {log.size(need.on_each(4, 8))}" in said()
-
-
-class Dora(NamedTuple):
-    """A micro batch of one on a model of 3 layers, with DoRA of rank 16."""
-
-    model: str
-    tokens: int
-    quantization: str
-    dropout: float
-    gigabytes: float
-    """At the peak, beyond the weights; simulated as table B."""
-    checkpointing: bool = True
-
-
-DORA = [
-    Dora("Llama-3.1-8B-Instruct", 256, "nf4", 0.05, 1.887),
-    Dora("Llama-3.1-8B-Instruct", 2048, "nf4", 0.05, 3.403),
-    Dora("Llama-3.1-8B-Instruct", 2048, "nf4", 0.0, 2.807),
-    Dora("Llama-3.1-8B-Instruct", 2048, "none", 0.05, 3.235),
-    Dora("Llama-3.1-8B-Instruct", 256, "nf4", 0.05, 3.093, checkpointing=False),
-    Dora("Llama-3.1-8B-Instruct", 2048, "nf4", 0.05, 6.900, checkpointing=False),
-    Dora("Qwen2.5-7B-Instruct", 256, "nf4", 0.05, 2.863),
-    Dora("Qwen2.5-7B-Instruct", 2048, "nf4", 0.0, 3.924),
-    Dora("Qwen2.5-7B-Instruct", 2048, "none", 0.0, 3.536),
-    Dora("Llama-2-7b-chat-hf", 256, "nf4", 0.05, 1.475),
-    Dora("Llama-2-7b-chat-hf", 2048, "nf4", 0.05, 2.844),
-    Dora("Llama-2-7b-chat-hf", 2048, "none", 0.05, 2.703),
-]
-
-
-@pytest.mark.parametrize("row", DORA, ids=str)
-def test_dora_needs_what_its_simulation_does(row: Dora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices as large as the widest layer's inputs squared; with dropout unpacked weights too."""
-    monkeypatch.setitem(shapes.MODELS, "short", {**shapes.MODELS[row.model], "num_hidden_layers": 3})
-    read, sizes = sized(
-        "short", tmp_path, lora={"r": 16, "dora": True, "dropout": row.dropout},
-        model={"quantization": row.quantization}, data={"max_length": row.tokens},
-        train={"micro_batch_size": 1, "gradient_checkpointing": row.checkpointing},
-    )  # fmt: skip
-
-    assert strategy.estimate(read, sizes).activations / 1e9 == pytest.approx(row.gigabytes, rel=0.15)

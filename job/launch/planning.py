@@ -12,13 +12,11 @@ from job.model import footprint
 
 @dataclass(frozen=True)
 class Plan:
-    """The team with its strategy, and what it needs besides GPUs."""
+    """The team with its strategy, and what it writes."""
 
     team: Team
     scratch: int = 0
     """Bytes of the disk for checkpoints and the adapter; 0 if nobody counted them, as on a CPU."""
-    offloaded: int = 0
-    """Bytes of host memory on each machine, for what distributed.offload keeps there."""
 
 
 def plan(settings: config.Config, base: Path, team: Team, memory: int | None) -> Plan:
@@ -29,68 +27,37 @@ def plan(settings: config.Config, base: Path, team: Team, memory: int | None) ->
     not fit it.
     """
     sizes = footprint.ask(settings, base)
-    total = cluster.total_memory()
-    chosen = strategy.place(settings, sizes, team, memory, total)
+    chosen = strategy.place(settings, sizes, team, memory)
     if sizes is None:
         return Plan(chosen)
     need = strategy.estimate(settings, sizes)
-    offloaded = count_offloaded(settings, need, chosen)
-    check_host_memory(settings, need, offloaded, cluster.free_memory(), total)
+    check_host_memory(settings, need, chosen, cluster.free_memory(), cluster.total_memory())
     # the newest checkpoint and the one being written or the best one; the adapter as trained and as
     # published
-    scratch = int(2 * (need.adapter + need.optimizer) + 2 * need.adapter)
-    return Plan(chosen, scratch, offloaded)
+    return Plan(chosen, int(2 * (need.adapter + need.optimizer) + 2 * need.adapter))
 
 
-def count_offloaded(settings: config.Config, need: Need, team: Team) -> int:
-    """Return the bytes that distributed.offload keeps in the host memory of each machine."""
-    if not settings.distributed.offload:
-        return 0
-    left = need.leave_on_gpus(team.strategy)
-    base = (need.base - left.base) * team.processes / team.shards
-    optimizer = (need.optimizer - left.optimizer) * team.processes / team.size
-    return int(base + optimizer)
+def check_host_memory(settings: config.Config, need: Need, team: Team, free: int, total: int) -> None:
+    """Raise `errors.ConfigError` if what training keeps in host memory exceeds the `total` bytes of this machine.
 
+    Raises `errors.HostMemoryError`, which is worth another start, if it only exceeds those that are `free` now.
 
-def check_host_memory(settings: config.Config, need: Need, offloaded: int, free: int, total: int) -> None:
-    """Raise if host memory cannot hold what the first machine keeps there.
-
-    That is the copies of the state that are on their way to the store, and the `offloaded` bytes.
-    The processes themselves take more besides. Raises `errors.ConfigError` if it exceeds the
-    `total` bytes of this machine, and `errors.HostMemoryError`, which is worth another start, if it
-    only exceeds those that are `free` now.
+    That is the copies of the state that are on their way to the store (on the first machine), and
+    with distributed.offload this machine's share of the base. The processes themselves take more
+    besides.
     """
     state = need.adapter + need.optimizer
     copies = checkpoint.most_copies(keep_best=settings.train.keep_best)
-    base = f" and {log.size(offloaded)} of distributed.offload" if offloaded else ""
-    _check_memory(
-        copies * state + offloaded,
-        f"up to {copies} copies of the training state, of {log.size(state)} each, are in host memory on their way to "
-        f"the store{base}",
-        "use train.optimizer paged_adamw_8bit, or lower lora.r",
-        free,
-        total,
-    )
-
-
-def check_offloaded(offloaded: int, free: int, total: int) -> None:
-    """Raise if the host memory of a machine other than the first cannot hold the `offloaded` bytes.
-
-    Errors are those of `check_host_memory`.
-    """
-    _check_memory(
-        offloaded,
-        f"distributed.offload keeps {log.size(offloaded)} in the host memory of each machine",
-        "or use more machines",
-        free,
-        total,
-    )
-
-
-def _check_memory(need: float, needs: str, smaller: str, free: int, total: int) -> None:
-    if need <= free:
+    offloaded = need.base * team.processes / team.shards if settings.distributed.offload else 0.0
+    if copies * state + offloaded <= free:
         return
-    if need > total:
+    base = f" and {log.size(offloaded)} of the base (distributed.offload)" if offloaded else ""
+    needs = (
+        f"up to {copies} copies of the training state, of {log.size(state)} each, are in host memory on their way to "
+        f"the store{base}"
+    )
+    smaller = "use train.optimizer paged_adamw_8bit, or lower lora.r"
+    if copies * state + offloaded > total:
         raise errors.ConfigError(
             f"{needs}, but this machine or its container has {log.size(total)}: give the job more memory, {smaller}"
         )

@@ -26,9 +26,6 @@ _HIDDEN, _WIDE = (
     9.6,
 )  # while one layer is computed backward: for each hidden number, and for each inside the MLP
 _HIDDEN_KEPT, _WIDE_KEPT = 25.0, 7.0  # of a layer that is not recomputed, until its backward
-# DoRA, simulated in the same way (3 models, 256 and 2,048 tokens, 3 layers): for each output of a
-# layer with an adapter, on a quantized base and on one in 16 bits.
-_DORA_QUANTIZED, _DORA_PLAIN = 11.6, 3.9
 _INPUT = 2.8  # for each input of a layer with an adapter: the copy that dropout makes, and its mask
 # For each hidden number and expert: inputs gathered, outputs scattered, their gradients; not fitted.
 _ROUTED = 10.0
@@ -60,16 +57,6 @@ class Need:
         gathered = self.layer + self.ends if shares > 1 else 0.0
         return self.base / shares + self.constants + gathered + self.adapter + self.gradients
 
-    def leave_on_gpus(self, strategy: str) -> "Need":
-        """Return what distributed.offload leaves on the GPUs.
-
-        fsdp and zero3 keep the base in host memory and gather each layer from there; zero2 and
-        zero3 keep the optimizer there.
-        """
-        base = 0.0 if strategy in ("fsdp", "zero3") else self.base
-        optimizer = 0.0 if strategy in ("zero2", "zero3") else self.optimizer
-        return replace(self, base=base, optimizer=optimizer)
-
     def on_each(self, shares: int, processes: int = 1) -> float:
         """Return all of it for each of `shares` GPUs that share the base, of so many `processes`."""
         exchanged = self.gradients if processes > 1 else 0.0  # a flat copy of them, to be averaged
@@ -80,24 +67,18 @@ class Need:
         return certain + self.activations + exchanged
 
 
-def choose(
-    settings: config.Config,
-    footprint: Footprint | None,
-    team: Team,
-    memory: int | None,
-    host: int | None = None,
-) -> str:
+def choose(settings: config.Config, footprint: Footprint | None, team: Team, memory: int | None) -> str:
     """Return the strategy for `team`, and log why where the config says auto.
 
-    `memory` is that of the smallest GPU in bytes, None on a CPU; `host` is that of the machine.
-    Raises `errors.ConfigError` if the frozen base and the adapter cannot be where the strategy
-    wants them.
+    `memory` is that of the smallest GPU in bytes, None on a CPU. Raises `errors.ConfigError` if the
+    frozen base and the adapter cannot be where the strategy wants them.
     """
     wanted = settings.distributed.strategy
     if memory is None or footprint is None:
         return "ddp" if wanted == "auto" else wanted
     need = estimate(settings, footprint)
-    shards = count_shards(settings, team, need, memory, host)
+    shares = team.size  # which is possible if a node's own GPUs are too few: see `count_shards`
+    alone, shared = need.on_each(1, team.size), need.on_each(shares, team.size)
     chosen = wanted
     if footprint.scheme:
         chosen = "ddp"
@@ -108,7 +89,6 @@ def choose(
                 "all of it: use larger GPUs, or the original weights and strategy fsdp"
             )
     elif wanted == "auto":
-        alone, shared = need.on_each(1, team.size), need.on_each(shards, team.size)
         cannot_shard = team.size == 1 or settings.model.quantization == "int8"
         chosen = "ddp" if alone <= memory * _USABLE or cannot_shard else "fsdp"
         log.event(
@@ -118,12 +98,9 @@ def choose(
             strategy=chosen,
             memory=memory,
         )
-    shares = {"fsdp": shards, "zero3": team.size}.get(chosen, 1)
     _refuse(settings, chosen, shares, footprint, need, memory)
-    if settings.distributed.offload:
-        need = need.leave_on_gpus(chosen)
-    each = need.on_each(shares, team.size)
-    if each > memory * _USABLE:
+    each = alone if chosen in _WHOLE else shared
+    if each > memory * _USABLE and not settings.distributed.offload:
         log.warn(
             "launch.tight",
             f"about {log.size(each)} for each GPU of {log.size(memory)} may be too much: lower train.micro_batch_size "
@@ -132,22 +109,16 @@ def choose(
     return chosen
 
 
-def place(
-    settings: config.Config,
-    footprint: Footprint | None,
-    team: Team,
-    memory: int | None,
-    host: int | None = None,
-) -> Team:
+def place(settings: config.Config, footprint: Footprint | None, team: Team, memory: int | None) -> Team:
     """Return `team` with its strategy, and with how many processes share one copy of the base under fsdp.
 
     Arguments and errors are those of `choose`.
     """
-    strategy = choose(settings, footprint, team, memory, host)
+    strategy = choose(settings, footprint, team, memory)
     if strategy != "fsdp" or team.nodes == 1:
         return replace(team, strategy=strategy)
     need = estimate(settings, footprint) if footprint else None
-    shards = count_shards(settings, team, need, memory, host)
+    shards = count_shards(team, need, memory)
     sharded = f"each node shards a copy of the base over its {team.processes} processes, and none crosses the network"
     if shards == team.size:
         sharded = f"one copy of the base is sharded over all {team.size} processes, and gathered over the network"
@@ -155,29 +126,16 @@ def place(
     return replace(team, strategy=strategy, sharded_over=shards)
 
 
-def count_shards(
-    settings: config.Config,
-    team: Team,
-    need: Need | None,
-    memory: int | None,
-    host: int | None = None,
-) -> int:
+def count_shards(team: Team, need: Need | None, memory: int | None) -> int:
     """Return how many processes share one copy of the frozen base under fsdp.
 
-    Those of one node, where its GPUs hold a copy, or its host memory with distributed.offload; on
-    a node with one process there would be nothing to share.
+    Those of one node, where their GPUs hold a copy; on a node with one process there would be nothing to share.
     """
     if team.processes == 1:
         return team.size
-    if need is None or memory is None:
+    if need is None or memory is None or need.on_each(team.processes, team.size) <= memory * _USABLE:
         return team.processes
-    if settings.distributed.offload:
-        fits = host is None or need.base <= host
-        need = need.leave_on_gpus("fsdp")
-    else:
-        fits = True
-    fits = fits and need.on_each(team.processes, team.size) <= memory * _USABLE
-    return team.processes if fits else team.size
+    return team.size
 
 
 def _refuse(
@@ -197,9 +155,7 @@ def _refuse(
     smaller = "" if quantization in ("nf4", "fp4") else "nf4, "
     each = f"on each GPU of {log.size(memory)}"
     whole = need.base + need.constants
-    if chosen in _WHOLE:
-        if need.fixed(1) <= memory:
-            return
+    if chosen in _WHOLE and need.fixed(1) > memory:
         raise errors.ConfigError(
             f"{takes}, and {chosen} has all of it {each}: use {smaller}larger GPUs, or several and "
             "distributed.strategy fsdp"
@@ -211,13 +167,7 @@ def _refuse(
         )
     if chosen == "fsdp" and settings.lora.dora and whole > memory:
         raise errors.ConfigError(f"{takes}, and lora.dora needs all of it {each} to begin with: leave dora out")
-    if settings.distributed.offload:
-        if (left := need.leave_on_gpus(chosen).fixed(shares)) > memory:
-            raise errors.ConfigError(
-                f"{takes}, and even with distributed.offload {log.size(left)} of that has to be "
-                f"{each}: use {smaller}or larger GPUs"
-            )
-    elif need.fixed(shares) > memory:
+    if not settings.distributed.offload and need.fixed(shares) > memory:
         raise errors.ConfigError(
             f"{takes}, and {shares} GPUs of {log.size(memory)} cannot hold it together, for each "
             f"needs {log.size(need.fixed(shares))}: use more or larger ones, {smaller}or "
@@ -256,52 +206,13 @@ def _activations(settings: config.Config, footprint: Footprint, gradients: float
         copies += _INPUT * (1 + dropout)  # PEFT makes a float32 copy there
     hidden, wide, inputs = footprint.hidden, footprint.wide, footprint.inputs
     routed = _ROUTED * footprint.experts * hidden
-    dora = _count_dora(settings, footprint, dropout=dropout)
-    per_token = copies * inputs + routed + dora.per_token
     # the peak is at the way out of the MLP
     unpacked = min(footprint.unpacked, hidden * wide * footprint.width)
-    layer = tokens * scale * (_HIDDEN * hidden + _WIDE * wide + per_token)
-    layer += dora.matrices if settings.lora.dora else unpacked
+    layer = tokens * scale * (_HIDDEN * hidden + _WIDE * wide + copies * inputs + routed) + unpacked
     inputs_kept = float(tokens * hidden * footprint.width * footprint.layers)
     if not settings.train.gradient_checkpointing:
-        each = _HIDDEN_KEPT * hidden + _WIDE_KEPT * wide + per_token
-        inputs_kept = (tokens * scale * each + dora.kept) * (footprint.layers - 1)
+        each = _HIDDEN_KEPT * hidden + _WIDE_KEPT * wide + copies * inputs + routed
+        inputs_kept = tokens * scale * each * (footprint.layers - 1)
     tile = 2 * min(tokens, _TILE[0]) * min(footprint.vocabulary, _TILE[1])
     tile += 4 * tokens * hidden * footprint.width
     return max(layer + max(inputs_kept - gradients, 0.0), inputs_kept + tile - gradients)
-
-
-@dataclass(frozen=True)
-class _Dora:
-    """What DoRA adds to a decoder layer."""
-
-    per_token: float = 0
-    """Where a number has 2 bytes."""
-    matrices: float = 0
-    """Bytes at its peak, whatever the examples are."""
-    kept: float = 0
-    """Bytes of weights that are kept until its backward."""
-
-
-def _count_dora(settings: config.Config, footprint: Footprint, *, dropout: bool) -> _Dora:
-    """Return what DoRA adds, by the tensors that PEFT 0.21 makes (peft/tuners/lora/dora.py).
-
-    For the norm of each weight it multiplies an identity matrix, in float32 and as a copy in the
-    compute dtype, by the adapter, unpacks the weight, adds both, and takes the norm in float32. With
-    dropout it also multiplies the inputs by the unpacked weight, which stays until the backward.
-    """
-    if not settings.lora.dora:
-        return _Dora()
-    width, inputs, outputs = footprint.width, footprint.widest_inputs, footprint.widest_outputs
-    identity = inputs**2
-    weight = inputs * outputs
-    copy = width if width < _FLOAT else 0
-    peak = max(
-        (_FLOAT + copy) * identity + width * weight,
-        copy * identity + 8 * width * weight,
-    )
-    kept = width * footprint.targeted if dropout else 0.0
-    before = max(0.0, kept - width * weight)
-    plain = settings.model.quantization == "none" and not footprint.scheme
-    output = _DORA_PLAIN if plain else _DORA_QUANTIZED
-    return _Dora(output * footprint.outputs, peak + before, kept)

@@ -55,13 +55,6 @@ class Footprint:
     """How many weights the adapter has."""
     inputs: float
     """Inputs of the layers with an adapter: of all in one decoder layer, on average."""
-    outputs: float
-    """Outputs of the same layers, counted in the same way."""
-    targeted: float
-    """Weights of the same layers."""
-    widest_inputs: int
-    widest_outputs: int
-    """Inputs and outputs of the layer with an adapter that has most inputs."""
     layers: int
     hidden: int
     """Width of the hidden states."""

@@ -76,7 +76,6 @@ def measure(base: Path, settings: config.Config) -> Footprint:
     trained = sum(settings.lora.r * (inputs + outputs) for inputs, outputs in shapes)
     if settings.lora.dora:
         trained += sum(outputs for _, outputs in shapes)
-    widest = max(shapes)
     text = described.get_text_config()
     layers = int(getattr(text, "num_hidden_layers", None) or len(sizes.blocks) or 1)
     hidden = int(getattr(text, "hidden_size", None) or _linear_shape(network.get_input_embeddings())[0])
@@ -85,10 +84,7 @@ def measure(base: Path, settings: config.Config) -> Footprint:
         weights=sizes.weights, unquantized=dict(sizes.unquantized) if sizes.largest else {}, scheme=str(scheme or ""),
         blocks=sum(sizes.blocks.values()), block=max(sizes.blocks.values(), default=0), ends=sizes.ends,
         constants=sizes.constants, unpacked=sizes.largest * dtype.itemsize, trained=trained,
-        inputs=sum(inputs for inputs, _ in shapes) / layers,
-        outputs=sum(outputs for _, outputs in shapes) / layers,
-        targeted=sum(inputs * outputs for inputs, outputs in shapes) / layers,
-        widest_inputs=widest[0], widest_outputs=widest[1], layers=layers, hidden=hidden, wide=wide, experts=experts,
+        inputs=sum(inputs for inputs, _ in shapes) / layers, layers=layers, hidden=hidden, wide=wide, experts=experts,
         vocabulary=int(getattr(text, "vocab_size", None) or 1), width=dtype.itemsize,
     )  # fmt: skip
 
