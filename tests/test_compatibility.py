@@ -150,18 +150,6 @@ def test_bitsandbytes_counts_only_where_it_is_used(torch: Path, monkeypatch: pyt
         check()
 
 
-@pytest.mark.parametrize("version", ["", "12.8", "999"])
-def test_a_library_of_bitsandbytes_that_does_not_exist_is_refused(
-    version: str, torch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """BNB_CUDA_VERSION leaves bitsandbytes no other choice: it would fail when the model is loaded."""
-    assert torch.is_dir()
-    nvml.install(monkeypatch, [Card()])
-
-    with pytest.raises(errors.ConfigError, match=rf"BNB_CUDA_VERSION is '{version}', .* 118, .*: unset it"):
-        check(environ={"BNB_CUDA_VERSION": version})
-
-
 @pytest.mark.parametrize(
     ("cuda", "library"),
     [((13, 1), "cuda130"), ((13, 2), "cuda132"), ((12, 0), "cuda121"), ((12, 9), "cuda128")],

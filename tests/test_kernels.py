@@ -91,21 +91,10 @@ def test_the_compiler_is_the_one_that_triton_takes(
     assert "-shared -fPIC" in (tmp_path / "called").read_text()
 
 
-def test_without_triton_nothing_has_to_be_compiled(
-    toolchain: Toolchain, tmp_path: Path, said: Callable[[], str]
-) -> None:
-    """TRL computes the loss with torch then; a machine without a compiler can train too."""
-    environ = {**toolchain.environ, "PATH": "/nowhere"}
-
-    kernels.check_compiler(replace(toolchain, triton=None, environ=environ), tmp_path / "cache")
-
-    assert "Triton is not installed for" in said()
-    assert not (tmp_path / "cache").exists()
-
-
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
+        ({"triton": None}, "Triton is not installed for .* comes with torch for CUDA"),
         ({"PATH": "/nowhere"}, rf"no C compiler \(gcc or clang in PATH\).*{PACKAGES}"),
         ({"CC": "/nowhere/cc"}, r"cannot start the C compiler '/nowhere/cc' \(No such.*Set CC"),
         ({"CC": "gcc -m64"}, "cannot start the C compiler 'gcc -m64'.*without options"),
@@ -130,7 +119,7 @@ def test_what_is_missing_is_named_with_what_to_install(
     """With status 64, and nothing is left in the cache."""
     if "LD_LIBRARY_PATH" in missing and kernels.find_libcuda({}):
         pytest.skip("this machine has an NVIDIA driver")
-    own = {"python_include"} & missing.keys()
+    own = {"triton", "python_include"} & missing.keys()
     fields = {name: missing[name] for name in own}
     environ = {**toolchain.environ, **{name: str(missing[name]) for name in missing.keys() - own}}
 

@@ -92,9 +92,8 @@ def _choose_library(bitsandbytes: Path, cuda: Version, environ: Mapping[str, str
     Of the same major version (cextension.py): the newest that is not newer, else the oldest. BNB_CUDA_VERSION
     overrides it. Raises `errors.ConfigError` if there is none.
     """
-    forced = environ.get("BNB_CUDA_VERSION")
-    if forced is not None:
-        return _find_forced_library(bitsandbytes, forced)
+    if forced := environ.get("BNB_CUDA_VERSION"):
+        return bitsandbytes / f"libbitsandbytes_cuda{forced}.so"
     named = (re.fullmatch(r"libbitsandbytes_cuda(\d+)(\d)\.so", path.name) for path in bitsandbytes.iterdir())
     present = sorted((int(match[1]), int(match[2])) for match in named if match)
     same = [version for version in present if version[0] == cuda[0]]
@@ -107,17 +106,3 @@ def _choose_library(bitsandbytes: Path, cuda: Version, environ: Mapping[str, str
     older = [version for version in same if version <= cuda]
     major, minor = max(older) if older else min(same)
     return bitsandbytes / f"libbitsandbytes_cuda{major}{minor}.so"
-
-
-def _find_forced_library(bitsandbytes: Path, version: str) -> Path:
-    """Return the library that BNB_CUDA_VERSION names; bitsandbytes takes no other one then."""
-    library = bitsandbytes / f"libbitsandbytes_cuda{version}.so"
-    if not version.isdigit() or not library.is_file():
-        prefix, end = "libbitsandbytes_cuda", ".so"
-        present = sorted(bitsandbytes.glob(f"{prefix}*{end}"))
-        versions = [path.name.removeprefix(prefix).removesuffix(end) for path in present]
-        raise errors.ConfigError(
-            f"BNB_CUDA_VERSION is {version!r}, but the installed bitsandbytes has libraries for "
-            f"{', '.join(versions) or 'no CUDA version'}: unset it, or set it to one of these"
-        )
-    return library

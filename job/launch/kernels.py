@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from job import cluster, errors, log
+from job import cluster, errors
 
 _SOURCE = """\
 #include "cuda.h"
@@ -107,17 +107,13 @@ def check_compiler(toolchain: Toolchain, cache: Path) -> None:
     """Compile a few lines of C as Triton does, load the result from its cache, and remove it again.
 
     Raises `errors.MachineError`, which names what to install or to set, if that is not possible.
-    Without Triton, TRL computes the loss with torch's own operations, and nothing is compiled
-    (trl/kernels/chunked_logprob.py, `_use_triton`).
     """
     if toolchain.triton is None:
-        log.warn(
-            "launch.no_triton",
-            f"Triton is not installed for {sys.executable}, so TRL computes the loss without its "
-            "kernel, which is slower. Triton comes with torch for CUDA: install requirements.txt "
-            "from the usual index",
+        raise errors.MachineError(
+            "This machine has a GPU, but Triton is not installed for "
+            f"{sys.executable}, and the loss is a Triton kernel. It comes with torch for CUDA: "
+            "install requirements.txt without an index of CPU builds"
         )
-        return
     if toolchain.compiler is None:
         raise errors.MachineError(
             "Triton finds no C compiler (gcc or clang in PATH), which it needs on a GPU: the loss "
