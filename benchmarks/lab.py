@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: an S3 server of their own, and what to say of the machine."""
+"""Tools of the benchmarks: a private S3 server, memory of processes, medians, machine facts."""
 
 import contextlib
 import importlib.metadata
@@ -6,13 +6,31 @@ import os
 import platform
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import boto3
+
+
+class Cost(Protocol):
+    """The cost of one run of a command."""
+
+    @property
+    def seconds(self) -> float:
+        """Return the wall-clock seconds."""
+
+    @property
+    def resident(self) -> int:
+        """Return the peak memory in bytes, pages of mapped files included."""
+
+    @property
+    def own(self) -> int:
+        """Return the peak memory in bytes that no file backs."""
 
 
 @contextlib.contextmanager
@@ -60,6 +78,37 @@ def _until_ready() -> None:
             return
         time.sleep(0.1)
     sys.exit("the server does not answer")
+
+
+def read_memory(process: int) -> tuple[int, int]:
+    """Return the resident bytes of a process, and those that no file backs; zeros if it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0, 0
+    status = dict(line.split(":", 1) for line in lines)
+    resident, own = (status.get(name, "0 kB").split()[0] for name in ("VmRSS", "RssAnon"))
+    return int(resident) * 1024, int(own) * 1024
+
+
+def take_median(costs: Sequence[Cost], field: str) -> float:
+    """Return the median of one field of these costs."""
+    return statistics.median(getattr(cost, field) for cost in costs)
+
+
+def format_memory(costs: Sequence[Cost]) -> str:
+    """Return two cells of a Markdown table: median memory, with and without mapped files."""
+    resident, own = take_median(costs, "resident"), take_median(costs, "own")
+    return f"{resident / 1e9:.2f} GB | {own / 1e9:.2f} GB"
+
+
+def format_rounds(costs: Mapping[str, Sequence[Cost]], digits: int) -> str:
+    """Return a sentence with the seconds of each round, by the name of what ran."""
+    rounds = []
+    for name, measured in costs.items():
+        seconds = ", ".join(f"{cost.seconds:.{digits}f}" for cost in measured)
+        rounds.append(f"{name} {seconds}")
+    return f"Seconds of each round: {'; '.join(rounds)}."
 
 
 def machine(*packages: str) -> str:

@@ -12,7 +12,6 @@ rows of every merged weight against W + scale x B A in float64, as a share of wh
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -149,22 +148,13 @@ def run(program: str, folder: Path, out: Path) -> Took:
         listener = threading.Thread(target=lambda: said.append(process.stderr.read() if process.stderr else ""))
         listener.start()
         while process.poll() is None:
-            most = [max(pair) for pair in zip(most, memory(process.pid), strict=True)]
+            most = [max(pair) for pair in zip(most, lab.read_memory(process.pid), strict=True)]
             time.sleep(0.01)
         seconds = time.monotonic() - started
         listener.join()
     if process.returncode:
         sys.exit(said[0])
     return Took(seconds, *most)
-
-
-def memory(process: int) -> tuple[int, int]:
-    """Bytes that are resident now, and those of them that no file backs."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-        return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
-    except (OSError, KeyError):  # it has just ended
-        return 0, 0
 
 
 def error(folder: Path, made: Path, layers: int) -> float:
@@ -191,17 +181,15 @@ def error(folder: Path, made: Path, layers: int) -> float:
 
 
 def told(given: argparse.Namespace, size: int, took: dict[str, list[Took]], errors: dict[str, float]) -> list[str]:
-    """The result in Markdown."""
-
-    def middle(name: str, what: str) -> float:
-        return statistics.median(getattr(each, what) for each in took[name])
-
-    rows = [
-        f"| {name} | {middle(name, 'seconds'):.1f} s | {middle(name, 'resident') / 1e9:.2f} GB | "
-        f"{middle(name, 'own') / 1e9:.2f} GB | {errors[name]:.3f} |"
-        for name in took
+    """Return the result in Markdown."""
+    seconds = {name: lab.take_median(costs, "seconds") for name, costs in took.items()}
+    memory = {name: lab.format_memory(costs) for name, costs in took.items()}
+    off = {name: f"{share:.3f}" for name, share in errors.items()}
+    rows = [f"| {name} | {seconds[name]:.1f} s | {memory[name]} | {off[name]} |" for name in took]
+    ratios = [
+        f"{lab.take_median(took['PEFT'], field) / lab.take_median(took['ours'], field):.1f}"
+        for field in ("seconds", "resident", "own")
     ]
-    ratios = [f"{middle('PEFT', what) / middle('ours', what):.1f}" for what in ("seconds", "resident", "own")]
     of = f"{size / 1e9:.1f} GB of random weights in bfloat16, rank {given.rank} on all linear layers; "
     of += f"medians of {given.rounds} rounds in turns."
     return [
@@ -214,9 +202,7 @@ def told(given: argparse.Namespace, size: int, took: dict[str, list[Took]], erro
         *rows,
         f"| PEFT / ours | {ratios[0]} | {ratios[1]} | {ratios[2]} | |",
         "",
-        "Seconds of each round: "
-        + "; ".join(f"{name} {', '.join(f'{each.seconds:.1f}' for each in took[name])}" for name in took)
-        + ".",
+        lab.format_rounds(took, digits=1),
         "",
         f"`python benchmarks/merge.py --gigabytes {given.gigabytes:g} --rank {given.rank} --rounds {given.rounds}` on "
         + lab.machine("torch", "transformers", "peft", "safetensors"),

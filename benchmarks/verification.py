@@ -12,7 +12,6 @@ use the machine too: the seconds are theirs as well. Memory is the largest sum o
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -180,34 +179,25 @@ def watch(pid: int, most: list[int], over: threading.Event) -> None:
             return
         sums = [0, 0]
         for each in tree:
-            try:
-                lines = Path(f"/proc/{each.pid}/status").read_text(encoding="ascii").splitlines()
-            except OSError:  # this one has
-                continue
-            found = dict(line.split(":", 1) for line in lines)
-            for place, key in enumerate(("VmRSS", "RssAnon")):
-                sums[place] += int(found.get(key, "0 kB").split()[0]) * 1024
+            for place, count in enumerate(lab.read_memory(each.pid)):
+                sums[place] += count
         most[:] = [max(pair) for pair in zip(most, sums, strict=True)]
 
 
 def report(
     options: argparse.Namespace, costs: Mapping[str, Sequence[Cost]], facts: Mapping[str, Sequence[dict[str, object]]]
 ) -> list[str]:
-    """The result in Markdown."""
-
-    def middle(name: str, what: str) -> float:
-        return statistics.median(getattr(each, what) for each in costs[name])
-
+    """Return the result in Markdown."""
+    processor = {name: lab.take_median(costs[name], "processor") for name in costs}
     rows = [
-        f"| {name} | {middle(name, 'seconds'):.1f} s | {middle(name, 'processor'):.1f} s | "
-        f"{middle(name, 'resident') / 1e9:.2f} GB | {middle(name, 'own') / 1e9:.2f} GB |"
+        f"| {name} | {lab.take_median(costs[name], 'seconds'):.1f} s | {processor[name]:.1f} s | "
+        f"{lab.format_memory(costs[name])} |"
         for name in costs
     ]
-    ratios = [
-        f"{name}: {middle(f'{name}, before', what) / middle(f'{name}, after', what):.2f}"
-        for name in ("run", "merge")
-        for what in ("processor",)
-    ]
+    ratios = []
+    for name in ("run", "merge"):
+        ratio = processor[f"{name}, before"] / processor[f"{name}, after"]
+        ratios.append(f"{name}: {ratio:.2f}")
     return [
         "# What verifying a merged model costs",
         "",
@@ -229,9 +219,7 @@ def report(
         "",
         *(f"- {side}: {describe(seen[-1])}" for side, seen in facts.items()),
         "",
-        "Seconds of each round: "
-        + "; ".join(f"{name} {', '.join(f'{each.seconds:.0f}' for each in costs[name])}" for name in costs)
-        + ". Other programs used the machine at the same time.",
+        f"{lab.format_rounds(costs, digits=0)} Other programs used the machine at the same time.",
         "",
         f"`python benchmarks/verification.py --before CHECKOUT --rounds {options.rounds}` on "
         + lab.machine("torch", "transformers", "peft", "bitsandbytes"),

@@ -1,8 +1,8 @@
-"""Tell a failed GPU, a used-up memory and a lost process apart by what the libraries say.
+"""Recognize a failed GPU, exhausted memory or a lost process by the texts of the libraries.
 
-Where the texts are from: torch's ProcessGroupNCCL.cpp and c10/cuda (public copies, not the tag of
-2.13), reports in public issues for NCCL and cuDNN, Triton's backends/nvidia/driver.c, and the strings
-of bitsandbytes 0.50.2's CUDA library. None of them was seen on a GPU of our own.
+Sources of the texts: torch's ProcessGroupNCCL.cpp and c10/cuda (public copies, not the tag of
+2.13), public issues for NCCL and cuDNN, Triton's backends/nvidia/driver.c, and the strings in
+bitsandbytes 0.50.2's CUDA library. None of them was seen on a GPU of our own.
 """
 
 import re
@@ -55,17 +55,17 @@ _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong, in the words of who noticed it."""
+    """A failure of a device, of memory or of another process, as a library reported it."""
 
     kind: Kind
     said: str
 
 
 def find(text: str, free: int | None = None) -> Failure | None:
-    """Return the first failure that `text` tells of, for the rest mostly follow from it.
+    """Return the first failure in `text`; the later ones mostly follow from it.
 
-    `free` is how many bytes of the GPU's memory were free then, if that is known: what CUDA calls
-    "out of memory" while there is plenty is memory of the host that it could not pin.
+    `free` is the number of bytes that were free on the GPU then, if known: if there were plenty,
+    CUDA's "out of memory" means that it could not pin host memory.
     """
     for match in _SAYS.finditer(text):
         source, said = str(match.lastgroup), match[str(match.lastgroup)].strip(" .")
@@ -75,22 +75,21 @@ def find(text: str, free: int | None = None) -> Failure | None:
 
 
 def lost_another(text: str) -> bool:
-    """Whether a process that was aborted with these last words had only lost another one.
+    """Return True if these last words of an aborted process only report the loss of another one.
 
-    Who says nothing of any other process was aborted for a reason of its own.
+    Words that mention no other process mean that the aborted one failed itself.
     """
     failure = find(text)
     return failure.kind == "peer" if failure else bool(_TALKS_TO_OTHERS.search(text))
 
 
 def explain(failure: Failure, settings: Config, more: str = "") -> errors.JobError:
-    """Return the error for `failure`, with what to do; `more` is what else is known."""
+    """Return the error for `failure`, with what to do; `more` says where it happened."""
     if failure.kind == "gpu memory":
         told = f"the GPU's memory is too small{more}: {failure.said}"
         if _is_fragmented(failure.said):
-            return errors.GpuBusyError(
-                f"{told}. torch held as much unused in smaller pieces, which a new start does not"
-            )
+            fragmented = "torch had enough unused memory, but fragmented: start the job again"
+            return errors.GpuBusyError(f"{told}. {fragmented}")
         return errors.GpuMemoryError(f"{told}. {_less_on_the_gpu(settings)}")
     if failure.kind == "host memory":
         return errors.HostMemoryError(
@@ -107,14 +106,13 @@ def explain(failure: Failure, settings: Config, more: str = "") -> errors.JobErr
 
 
 def killed_for_memory(settings: Config, limit: int | None) -> errors.HostMemoryError:
-    """Return the error of a process that the kernel killed for want of memory.
+    """Return the error for a training process that the kernel's OOM killer ended.
 
-    `limit` is that of its container in bytes, None if there is none.
+    `limit` is the memory limit of the container in bytes, None if it has none.
     """
-    within = f" (its container may have {limit / 2**30:.1f} GiB)" if limit else ""
-    return errors.HostMemoryError(
-        f"the kernel killed it, for host memory ran out{within}. {_less_on_the_host(settings)}"
-    )
+    killed = "the kernel killed the training process because host memory ran out"
+    within = f" (the container's limit is {limit / 2**30:.1f} GiB)" if limit else ""
+    return errors.HostMemoryError(f"{killed}{within}. {_less_on_the_host(settings)}")
 
 
 def _kind(source: str, said: str, free: int | None) -> Kind:
@@ -129,7 +127,7 @@ def _kind(source: str, said: str, free: int | None) -> Kind:
 
 
 def _is_fragmented(said: str) -> bool:
-    """Whether torch had as much memory unused as it asked for in vain."""
+    """Return True if torch had at least as much unused memory as it could not allocate."""
     tried, unused = _TRIED.search(said), _UNUSED.search(said)
     return bool(tried and unused and _bytes(unused[1]) >= _bytes(tried[1]))
 
@@ -140,7 +138,7 @@ def _bytes(size: str) -> float:
 
 
 def _less_on_the_gpu(settings: Config) -> str:
-    """What of this config to change, the keys that leave the result as it is first."""
+    """Return which keys of this config to change, those that keep the result the same first."""
     changes = []
     if settings.train.micro_batch_size > 1:
         changes.append(
@@ -175,13 +173,13 @@ def _gpu_error(said: str, more: str) -> errors.JobError:
         )
     if "device-side assert" in said:
         return errors.GpuError(
-            f"{told}. A kernel was given a number out of its range, such as a token that the model "
-            "has no row for; it says where in the lines above. Start again with "
-            "CUDA_LAUNCH_BLOCKING=1 to see which call"
+            f"{told}. A kernel got an index out of range, such as a token ID beyond the embedding. "
+            "The failed assertion is in the lines above; start again with CUDA_LAUNCH_BLOCKING=1 "
+            "to see which call launched the kernel"
         )
     look = "look at `dmesg | grep -i xid` and `nvidia-smi -q -d ECC` there"
     if _HARDWARE.search(said):
         out = "The GPU or its link is broken: take the node out of service"
     else:
-        out = "If it comes again on the same node, take that out of service"
+        out = "If this happens again on the same node, take the node out of service"
     return errors.GpuError(f"{told}. {out}, and {look}")

@@ -47,10 +47,10 @@ def without(environ: Mapping[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in names}
 
 
-def test_the_free_memory_of_gpus_is_told_in_their_order(
+def test_the_memory_of_gpus_is_reported_in_their_order(
     monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
 ) -> None:
-    """By number or UUID; a driver that does not tell it is a warning, and no GPU is the same as none."""
+    """By number or UUID; where the driver does not report it, a warning says what follows."""
     free = {"handle 0": 10, "handle 1": 20, "handle of GPU-7": 30}
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
@@ -63,7 +63,13 @@ def test_the_free_memory_of_gpus_is_told_in_their_order(
     assert cluster.free_gpu_memory(("GPU-7",)) == (30,)
     assert cluster.free_gpu_memory(()) is None
     assert cluster.free_gpu_memory(("5",)) is None
-    assert "how much memory of GPU 5 is free" in said()
+    assert cluster.memory(("1", "0")) == 99
+    assert cluster.memory(()) is None
+    assert cluster.memory(("5",)) is None
+    free_of, total_of = said().splitlines()
+    unknown = "the driver does not report the memory of GPU 5 (list index out of range): "
+    assert free_of == f"{unknown}the result is verified without a GPU"
+    assert total_of == f"{unknown}distributed.strategy auto assumes that the model fits"
 
 
 def test_a_machine_is_alone_when_nothing_says_more() -> None:

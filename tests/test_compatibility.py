@@ -150,6 +150,33 @@ def test_bitsandbytes_counts_only_where_it_is_used(torch: Path, monkeypatch: pyt
         check()
 
 
+@pytest.mark.parametrize("forced", ["999", "13.0", ""])
+@pytest.mark.usefixtures("torch")
+def test_a_bitsandbytes_library_that_does_not_exist_is_refused(
+    forced: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The variable is final for bitsandbytes, which fails at the first weight if it is wrong."""
+    from bitsandbytes import cextension, cuda_specs
+
+    nvml.install(monkeypatch, [Card()])
+    with pytest.raises(errors.ConfigError) as caught:
+        check(environ={"BNB_CUDA_VERSION": forced})
+
+    assert caught.value.status == 64
+    assert f"BNB_CUDA_VERSION is {forced!r}, but there is no {BITSANDBYTES}" in str(caught.value)
+    assert "has: 118, 121, 124, 126, 128, 130, 132" in str(caught.value)
+    unused = {"model": {"quantization": "none"}, "train": {"optimizer": "adamw_torch"}}
+    check(environ={"BNB_CUDA_VERSION": forced}, **unused)
+    monkeypatch.setenv("BNB_CUDA_VERSION", forced)
+    specs = cuda_specs.CUDASpecs((8, 6), "130", (13, 0))
+    if forced.isdigit():
+        assert not cextension.get_cuda_bnb_library_path(specs).exists()
+    else:
+        with pytest.raises(RuntimeError, match="value must be digits only"):
+            cextension.get_cuda_bnb_library_path(specs)
+
+
 @pytest.mark.parametrize(
     ("cuda", "library"),
     [((13, 1), "cuda130"), ((13, 2), "cuda132"), ((12, 0), "cuda121"), ((12, 9), "cuda128")],
@@ -210,7 +237,6 @@ def test_a_mixture_that_cannot_fit_is_refused_before_it_is_downloaded(
     )
 
     nvml.install(monkeypatch, [Card(gigabytes=48)])
-    monkeypatch.setattr(launch, "check_machine", lambda *_: None)  # it asks for Triton, which the CPU's torch lacks
     with (
         machine.after,
         pytest.raises(errors.ConfigError, match=r"59\.\d GB .* weights are not quantized: experts") as e,

@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_is_missed_at_once(recipe: Recipe) -> None:
     for each in children():
         each.kill()
 
-    with pytest.raises(errors.JobError, match="that prepared the data ended with status -9; the kernel kills"):
+    with pytest.raises(errors.JobError, match="that prepared the data ended with status -9; the kernel does"):
         list(rows)
     made.close()
 

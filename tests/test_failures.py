@@ -203,7 +203,7 @@ def test_memory_that_only_lay_in_pieces_is_worth_another_start(
             1,
             "is broken: take the node out of service",
         ),
-        ("an illegal memory access was encountered", 1, "If it comes again on the same node"),
+        ("an illegal memory access was encountered", 1, "If this happens again on the same node"),
         ("device-side assert triggered", 1, "CUDA_LAUNCH_BLOCKING=1"),
         (
             "no kernel image is available for execution on the device",

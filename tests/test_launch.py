@@ -55,7 +55,7 @@ def test_the_status_of_a_failed_training_is_ours(status: int, task: inputs.Task)
 
 def test_a_training_that_ends_without_a_word_may_work_next_time(task: inputs.Task) -> None:
     """It is not taken for done, whatever its status."""
-    with pytest.raises(errors.WorkerError, match="ended with status 0 and said nothing") as caught:
+    with pytest.raises(errors.WorkerError, match="ended with status 0 and reported no error") as caught:
         start("", task)
 
     assert caught.value.status == 1

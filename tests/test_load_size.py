@@ -18,24 +18,29 @@ from job import config, errors
 from job.model import load_size, weights
 
 GIB = 2**30
+
+
+def shape_of(
+    family: type[PretrainedConfig],
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: tuple[int, int],
+) -> PretrainedConfig:
+    """The config of a model; `heads` are those of queries, and those of keys and values."""
+    return family(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], tie_word_embeddings=False,
+        vocab_size=152064 if family is Qwen2Config else 128256,
+    )  # fmt: skip
+
+
 SHAPES = {
-    "Qwen2.5-7B": Qwen2Config(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
-    ),
-    "Llama-3.1-8B": LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
-    ),
-    "Qwen2.5-32B": Qwen2Config(
-        hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
-        num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False,
-    ),
-    "Llama-3.1-70B": LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
+    "Qwen2.5-7B": shape_of(Qwen2Config, 3584, 18944, layers=28, heads=(28, 4)),
+    "Llama-3.1-8B": shape_of(LlamaConfig, 4096, 14336, layers=32, heads=(32, 8)),
+    "Qwen2.5-32B": shape_of(Qwen2Config, 5120, 27648, layers=64, heads=(40, 8)),
+    "Llama-3.1-70B": shape_of(LlamaConfig, 8192, 28672, layers=80, heads=(64, 8)),
+}
 """The shapes that the published config.json files give."""
 
 

@@ -228,7 +228,7 @@ def test_what_the_kernel_killed_for_want_of_memory_is_told_from_other_kills(
     monkeypatch.setattr(cluster, "oom_kills", lambda: next(kills))
     monkeypatch.setattr(cluster, "memory_limit", lambda: 8 * 2**30)
 
-    with pytest.raises(errors.WorkerError, match=r"^rank 1 of 2: the kernel killed it, .* may have 8\.0 GiB") as caught:
+    with pytest.raises(errors.WorkerError, match=r"^rank 1 of 2: the kernel killed .* limit is 8\.0 GiB") as caught:
         train("rank and os.kill(os.getpid(), 9); time.sleep(60)", task)
 
     assert caught.value.status == 1

@@ -331,7 +331,7 @@ def test_a_kill_of_the_training_alone_costs_nothing(
     os.kill(stopped.here, signal.SIGKILL)
 
     assert stopped.ended() == 1
-    assert "training was killed by SIGKILL; the kernel kills so when memory runs out" in stopped.said
+    assert "training was killed by SIGKILL; the kernel does this when host memory runs out" in stopped.said
     ends_as_undisturbed(starts=1)
 
 

@@ -81,21 +81,13 @@ def total_memory() -> int:
 
 
 def memory(gpus: tuple[str, ...]) -> int | None:
-    """Bytes of memory of the smallest of these GPUs; None without any, or if the driver's library does not say."""
-    if not gpus:
-        return None
-    import pynvml
+    """Return the bytes of memory of the smallest of these GPUs.
 
-    opened = _opened()
-    try:
-        return min(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)).total) for gpu in gpus)
-    except (pynvml.NVMLError, IndexError) as e:
-        log.warn(
-            "cluster.memory",
-            f"the driver does not tell the memory of GPU {', '.join(gpus)} ({e}): distributed.strategy auto takes it "
-            "for large enough",
-        )
-        return None
+    None without any, or, with a warning, if the driver does not report it.
+    """
+    consequence = "distributed.strategy auto assumes that the model fits"
+    found = _read_gpu_memory(gpus, "cluster.memory", consequence)
+    return min(int(each.total) for each in found) if found else None
 
 
 def memory_in_use(gpu: str) -> int:
@@ -111,24 +103,13 @@ def memory_in_use(gpu: str) -> int:
 
 
 def free_gpu_memory(gpus: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Return the free bytes of each of these GPUs, in CUDA's order; None without any, or if the driver does not say.
+    """Return the free bytes of each of these GPUs, in CUDA's order.
 
-    What this process itself has on them counts as used, its CUDA context too.
+    What this process itself has on them counts as used, its CUDA context too. None without any, or,
+    with a warning, if the driver does not report it.
     """
-    if not gpus:
-        return None
-    import pynvml
-
-    opened = _opened()
-    try:
-        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)).free) for gpu in gpus)
-    except (pynvml.NVMLError, IndexError) as e:
-        log.warn(
-            "cluster.free_memory",
-            f"the driver does not tell how much memory of GPU {', '.join(gpus)} is free ({e}): it is not used to "
-            "verify the result",
-        )
-        return None
+    found = _read_gpu_memory(gpus, "cluster.free_memory", "the result is verified without a GPU")
+    return tuple(int(each.free) for each in found) if found else None
 
 
 def describe_gpus(gpus: Sequence[str]) -> list[Gpu]:
@@ -177,6 +158,24 @@ def _check_order(shown: Sequence[str]) -> None:
             "another order: set CUDA_DEVICE_ORDER to PCI_BUS_ID and use the numbers of `nvidia-smi`, "
             "or name the GPUs by their UUIDs (`nvidia-smi -L`)"
         )
+
+
+def _read_gpu_memory(gpus: Sequence[str], event: str, consequence: str) -> list[Any]:
+    """Return NVML's memory report of each of these GPUs: its `total`, `free` and `used` bytes.
+
+    An empty list, and a warning with the `consequence`, if the driver does not report all of them.
+    """
+    if not gpus:
+        return []
+    import pynvml
+
+    opened = _opened()
+    try:
+        return [pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu, opened)) for gpu in gpus]
+    except (pynvml.NVMLError, IndexError) as e:
+        report = f"the driver does not report the memory of GPU {', '.join(gpus)} ({e})"
+        log.warn(event, f"{report}: {consequence}")
+        return []
 
 
 def _handle(gpu: str, opened: Sequence[Any]) -> Any:  # noqa: ANN401 - NVML's

@@ -106,7 +106,11 @@ class Distributed(Section):
     processes_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """auto: one per GPU, one on the CPU."""
     offload: bool = False
-    """Keep what is shared out in host memory (fsdp, zero2, zero3): slower, for models that do not fit otherwise."""
+    """Keep sharded state in host memory: slower, for models that do not fit on the GPUs otherwise.
+
+    That is the frozen base under fsdp, the optimizer state under zero2, and both under zero3; no
+    other strategy takes it. false keeps all of it on the GPUs.
+    """
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
     """How long a micro batch, or the wait for others in it, may take before the attempt ends."""
 
@@ -121,9 +125,10 @@ class Examine(Section):
     """Opening the result as its users will, and asking it, before the run is done."""
 
     minutes: Annotated[float, Field(ge=0)] = 10.0
-    """How long that may take; what there is no time or memory for is left out, and said.
+    """Minutes that opening the result may take: logits, losses and answers of each model.
 
-    0: only the sums are checked, and no model is opened (``merge --verify sums``).
+    The report names what was left out for want of time or memory; that is no failure. 0 checks the
+    merged weights only, and opens no model (``merge --verify sums``).
     """
     prompts: Annotated[int, Field(ge=0, le=64)] = 4
     """Held-out examples that are answered before and after training, for the report."""

@@ -90,12 +90,13 @@ def _choose_library(bitsandbytes: Path, cuda: Version, environ: Mapping[str, str
     """Return the library that bitsandbytes 0.50 loads beside a torch for that CUDA version.
 
     Of the same major version (cextension.py): the newest that is not newer, else the oldest. BNB_CUDA_VERSION
-    overrides it. Raises `errors.ConfigError` if there is none.
+    overrides it, also when it is empty. Raises `errors.ConfigError` if there is none.
     """
-    if forced := environ.get("BNB_CUDA_VERSION"):
-        return bitsandbytes / f"libbitsandbytes_cuda{forced}.so"
     named = (re.fullmatch(r"libbitsandbytes_cuda(\d+)(\d)\.so", path.name) for path in bitsandbytes.iterdir())
     present = sorted((int(match[1]), int(match[2])) for match in named if match)
+    forced = environ.get("BNB_CUDA_VERSION")
+    if forced is not None:
+        return _find_forced_library(bitsandbytes, forced, present)
     same = [version for version in present if version[0] == cuda[0]]
     if not same:
         there = ", ".join(f"{major}.{minor}" for major, minor in present) or "no CUDA version"
@@ -106,3 +107,20 @@ def _choose_library(bitsandbytes: Path, cuda: Version, environ: Mapping[str, str
     older = [version for version in same if version <= cuda]
     major, minor = max(older) if older else min(same)
     return bitsandbytes / f"libbitsandbytes_cuda{major}{minor}.so"
+
+
+def _find_forced_library(bitsandbytes: Path, forced: str, present: Sequence[Version]) -> Path:
+    """Return the library that BNB_CUDA_VERSION names by its value `forced`.
+
+    bitsandbytes has no fallback: it imports without that library, and fails at the first weight
+    that it quantizes. Raises `errors.ConfigError` if the library does not exist, or if the value
+    is not digits only, which bitsandbytes refuses.
+    """
+    path = bitsandbytes / f"libbitsandbytes_cuda{forced}.so"
+    if forced.isdigit() and path.is_file():
+        return path
+    values = ", ".join(f"{major}{minor}" for major, minor in present) or "none"
+    raise errors.ConfigError(
+        f"BNB_CUDA_VERSION is {forced!r}, but there is no {path}. Unset BNB_CUDA_VERSION, or set "
+        f"it to a version that the installed bitsandbytes has: {values}"
+    )

@@ -2,7 +2,8 @@
 
 TRL's loss is a Triton kernel on CUDA. The kernels themselves need no C compiler, but at the first
 use Triton 3.7 compiles one C file, its driver module, against Python.h and libcuda, and loads the
-result from its cache (triton/runtime/build.py and triton/backends/nvidia/driver.py).
+result from its cache (triton/runtime/build.py and triton/backends/nvidia/driver.py). Without Triton
+TRL computes the loss by torch operations (trl/kernels/chunked_logprob.py), and nothing is compiled.
 """
 
 import errno
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from job import cluster, errors
+from job import cluster, errors, log
 
 _SOURCE = """\
 #include "cuda.h"
@@ -31,6 +32,8 @@ _NO_PYTHON_H = re.compile(r"Python\.h'?:? (No such file|file not found)")  # gcc
 _MAY_PASS = re.compile("No space left on device|Cannot allocate memory|Killed signal")
 _BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _SHOWN = 600  # characters of a compiler's last words
+# Without Triton TRL's loss keeps 7 to 8 float32 copies of a tile of 4096 tokens x 32768 words.
+_TORCH_LOSS_GB = 4
 _LOAD = "import ctypes, os, sys; ctypes.PyDLL(sys.argv[1], os.RTLD_NOW)"
 
 
@@ -97,7 +100,8 @@ def find_libcuda(environ: Mapping[str, str]) -> list[str]:
 def check_machine(environ: Mapping[str, str], default_cache: Path) -> None:
     """Raise `errors.MachineError` if this machine trains on a GPU, and Triton cannot compile on it.
 
-    Triton's cache is at `default_cache` if the user's own variables do not say otherwise.
+    Triton's cache is at `default_cache` if the user's own variables do not say otherwise. Warns if
+    Triton is not installed.
     """
     if cluster.gpus(environ):
         check_compiler(Toolchain.of_this_python(environ), cache_folder(environ, default_cache))
@@ -107,13 +111,16 @@ def check_compiler(toolchain: Toolchain, cache: Path) -> None:
     """Compile a few lines of C as Triton does, load the result from its cache, and remove it again.
 
     Raises `errors.MachineError`, which names what to install or to set, if that is not possible.
+    Only warns if Triton is not installed: TRL then trains without it, and nothing is compiled.
     """
     if toolchain.triton is None:
-        raise errors.MachineError(
-            "This machine has a GPU, but Triton is not installed for "
-            f"{sys.executable}, and the loss is a Triton kernel. It comes with torch for CUDA: "
-            "install requirements.txt without an index of CPU builds"
+        log.warn(
+            "launch.triton",
+            f"Triton is not installed for {sys.executable}, so torch operations compute the loss, "
+            f"which is slower and needs up to {_TORCH_LOSS_GB} GB more GPU memory: install the "
+            "triton version that constraints.txt pins",
         )
+        return
     if toolchain.compiler is None:
         raise errors.MachineError(
             "Triton finds no C compiler (gcc or clang in PATH), which it needs on a GPU: the loss "

@@ -1,4 +1,4 @@
-"""How training ended: by what its processes said, and what is seen of those that could not."""
+"""Decide how training ended: by what its processes reported, or by how they died."""
 
 import platform
 import signal
@@ -15,16 +15,16 @@ _SHOWN_LINES = 20  # of the last words, in the log of the attempt
 # In use on a GPU when training is gone; a desktop or an idle process takes less.
 _SHARED_BYTES = 1 << 30
 _MEANS = {
-    "SIGBUS": "; a file mapped into memory was not there: look for a full disk or /dev/shm",
-    "SIGKILL": "; the kernel kills so when memory runs out",
+    "SIGBUS": "; a memory-mapped file could not be read: look for a full disk or /dev/shm",
+    "SIGKILL": "; the kernel does this when host memory runs out",
 }
 
 
 def judge(given: Task, environ: Mapping[str, str]) -> None:
-    """Raise what the processes on this machine ended with, if they did not end well.
+    """Raise the error that the training processes of this machine ended with, if any failed.
 
-    `environ` is theirs. To be called when all of them are gone: only then is what a GPU still holds
-    somebody else's.
+    `environ` is theirs. Call it when all of them are gone: only then does memory that is in use on
+    a GPU belong to somebody else.
     """
     team, outcomes = given.team, given.outcomes()
     if failed := find_failed(given):
@@ -33,13 +33,14 @@ def judge(given: Task, environ: Mapping[str, str]) -> None:
         if team.nodes == 1:
             raise errors.WorkerError(lost[0].why, errors.FAILED)
         time.sleep(_REASON_SECONDS)  # interrupted by the reason, if another machine tells it
-        raise errors.PeerError(f"{lost[0].why}. Start again on all nodes to go on")
+        advice = "Start the job again on all nodes: it resumes from its last checkpoint"
+        raise errors.PeerError(f"{lost[0].why}. {advice}")
     if any(outcome.status == errors.AGAIN for outcome in outcomes):
-        raise errors.Preempted("training was stopped; start the same command again to go on")
+        raise errors.Preempted("training was stopped; start the same command again to resume")
 
 
 def find_failed(given: Task) -> list[Outcome]:
-    """Return the ends that are failures, the first one first."""
+    """Return the outcomes that are failures, in the order in which they happened."""
     well = (errors.DONE, errors.AGAIN)
     return [outcome for outcome in given.outcomes() if outcome.status not in well]
 
@@ -56,12 +57,11 @@ class Silent:
 
 
 def describe_silent(given: Task, end: Silent, *, asked: bool, short: bool) -> Outcome:
-    """Return what to make of such an `end`.
+    """Return the outcome of a process that ended without reporting why.
 
-    `asked`: the job was asked to stop before. `short`: the kernel killed some process of this
-    container for want of memory. torch aborts a process from a thread of its own when NCCL fails:
-    because another process is gone, which is not this one's failure, or because its own GPU failed,
-    which is.
+    `asked`: the job had been asked to stop. `short`: the kernel's OOM killer ended some process of
+    this container. torch's NCCL watchdog aborts a process both when another one is gone, which is
+    not this one's failure, and when its own GPU failed, which is.
     """
     if end.words:
         last = end.words.splitlines()[-_SHOWN_LINES:]
@@ -88,7 +88,7 @@ def _error_of(given: Task, end: Silent, *, short: bool) -> errors.JobError:
 
 
 def _failure(first: Outcome, team: Team, environ: Mapping[str, str]) -> errors.WorkerError:
-    """Return the error for the process that failed first, and with which GPU of which machine."""
+    """Return the error for the process that failed first, with its rank, machine and GPU."""
     gpu = _gpu_of(first, team, environ)
     who = f"rank {first.rank} of {team.size}" if team.size > 1 else ""
     if gpu and first.fault.startswith("gpu"):
@@ -97,8 +97,8 @@ def _failure(first: Outcome, team: Team, environ: Mapping[str, str]) -> errors.W
     used = cluster.memory_in_use(gpu) if gpu and first.fault == "gpu memory" else 0
     if used > _SHARED_BYTES:
         return errors.WorkerError(
-            f"{why}. But other processes use {log.size(used)} of that GPU: end them, or start "
-            "again when they have ended; what training needs may fit then",
+            f"{why}. Other processes use {log.size(used)} of this GPU's memory: stop them, or start "
+            "the job again once they are gone. Training may fit then",
             errors.FAILED,
         )
     return errors.WorkerError(why, first.status)
@@ -112,9 +112,9 @@ def _gpu_of(outcome: Outcome, team: Team, environ: Mapping[str, str]) -> str:
 
 
 def _killed(status: int) -> str:
-    """Return what to tell of a process that ended with `status` and without a word."""
+    """Return how a process that reported nothing ended, by its `status`."""
     if status >= 0:
-        return f"training ended with status {status} and said nothing"
+        return f"training ended with status {status} and reported no error"
     try:
         name = signal.Signals(-status).name
     except ValueError:  # one of the real-time signals

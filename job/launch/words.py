@@ -1,4 +1,4 @@
-"""The last words of a worker: what its libraries wrote to stderr before they ended it."""
+"""The last lines that a worker's libraries wrote to stderr before the worker died."""
 
 import os
 import threading
@@ -11,10 +11,10 @@ _LATE_SECONDS = 1.0  # that words may take through the pipe when their process h
 
 
 class LastWords:
-    """Passes on what arrives through `pipe` to this process's stderr, and keeps the end of it.
+    """Copies what arrives through `pipe` to this process's stderr, and keeps the end of it.
 
-    Python's own messages do not come this way: a worker writes them to the terminal itself, which
-    it must know for one to show bars. This is what C++ writes, which has nobody else to tell.
+    Only C++ libraries write to this pipe. A worker writes Python's messages to the terminal itself,
+    for progress bars need one.
     """
 
     def __init__(self, pipe: IO[bytes]) -> None:
@@ -23,8 +23,8 @@ class LastWords:
         self._reading.start()
 
     def text(self) -> str:
-        """Return the last words so far, or all of them when the process has ended."""
-        # not longer: a process that it left behind may hold the pipe open
+        """Return the end of what was written so far, complete once the process has ended."""
+        # A process that the worker left behind may hold the pipe open: do not wait for its end.
         self._reading.join(_LATE_SECONDS)
         return self._end.decode("utf-8", "replace")
 
@@ -37,7 +37,7 @@ class LastWords:
 
 
 def _pass_on(block: bytes) -> None:
-    """Write a block to this process's stderr, where the worker would have written it."""
+    """Write `block` to this process's stderr, where the worker would have written it."""
     while block:
         try:
             block = block[os.write(_STDERR, block) :]

@@ -132,7 +132,8 @@ class _Hand:
             made: tuple[Rows, int] | errors.JobError = self._line.recv()
         except (EOFError, OSError):
             status = self._process.wait()
-            why = "; the kernel kills so when memory runs out" if status == -signal.SIGKILL else ""
+            oom = "; the kernel does this when host memory runs out"
+            why = oom if status == -signal.SIGKILL else ""
             raise errors.JobError(f"a process that prepared the data ended with status {status}{why}") from None
         if isinstance(made, errors.JobError):
             raise made

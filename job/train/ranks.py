@@ -123,7 +123,7 @@ class Ranks:
 
     @property
     def at(self) -> str:
-        """What this process does since its last mark."""
+        """The last mark that this process passed, such as "step 9"."""
         return self._what
 
     @contextlib.contextmanager
