@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from job import config, errors, log
 from job.inputs import Team
+from job.launch.activations import estimate_activations
 from job.model.footprint import Footprint, describe_unquantized
 
 _USABLE = 0.95  # of a GPU's memory; the rest goes to what lies between the tensors
@@ -16,20 +17,6 @@ _OPTIMIZER_BYTES = {
 }
 _FLOAT = 4  # bytes of a weight of the adapter, and of its gradient
 _WHOLE = ("ddp", "zero1", "zero2")  # have the whole base on each GPU
-
-# Bytes for each token of a micro batch, where numbers have 2 bytes. Fitted to a simulation of one
-# micro batch on fake tensors with TRL's, PEFT's and transformers' own code (table B in
-# tests/shapes.py): 10 models, 256 to 16,384 tokens, with and without quantization, checkpointing
-# and dropout. It was not measured on a GPU.
-_HIDDEN, _WIDE = (
-    28.0,
-    9.6,
-)  # while one layer is computed backward: for each hidden number, and for each inside the MLP
-_HIDDEN_KEPT, _WIDE_KEPT = 25.0, 7.0  # of a layer that is not recomputed, until its backward
-_INPUT = 2.8  # for each input of a layer with an adapter: the copy that dropout makes, and its mask
-# For each hidden number and expert: inputs gathered, outputs scattered, their gradients; not fitted.
-_ROUTED = 10.0
-_TILE = (4096, 32768)  # tokens and words of which TRL 1.16 has logits at once (chunked_logprob.py)
 
 
 @dataclass(frozen=True)
@@ -237,35 +224,7 @@ def estimate(settings: config.Config, footprint: Footprint) -> Need:
         adapter=trained * _FLOAT,
         gradients=trained * _FLOAT,
         optimizer=trained * _OPTIMIZER_BYTES[settings.train.optimizer],
-        activations=_activations(settings, footprint, trained * _FLOAT),
+        activations=estimate_activations(settings, footprint, trained * _FLOAT),
         # ZeRO-2 keeps the optimizer in host memory, and the base on each GPU
         offload=settings.distributed.offload and settings.distributed.strategy not in _WHOLE,
     )
-
-
-def _activations(settings: config.Config, footprint: Footprint, gradients: float) -> float:
-    """Return what the peak of a micro batch takes beyond the weights and all gradients.
-
-    With checkpointing each layer keeps its input, which is freed on the way back while gradients
-    come: the peak is near the first layer or near the last. A pair of answers is two conversations;
-    the reference is computed without gradients and adds nothing to the peak.
-    """
-    pairs = 2 if settings.train.method == "dpo" else 1
-    tokens = pairs * settings.train.micro_batch_size * settings.data.max_length
-    scale = footprint.width / 2
-    dropout = settings.lora.dropout > 0 and pairs == 1  # `train.placement` switches it off for pairs
-    copies = _INPUT * dropout
-    if settings.model.quantization == "none" and not footprint.scheme:
-        copies += _INPUT * (1 + dropout)  # PEFT makes a float32 copy there
-    hidden, wide, inputs = footprint.hidden, footprint.wide, footprint.inputs
-    routed = _ROUTED * footprint.experts * hidden
-    # the peak is at the way out of the MLP
-    unpacked = min(footprint.unpacked, hidden * wide * footprint.width)
-    layer = tokens * scale * (_HIDDEN * hidden + _WIDE * wide + copies * inputs + routed) + unpacked
-    inputs_kept = float(tokens * hidden * footprint.width * footprint.layers)
-    if not settings.train.gradient_checkpointing:
-        each = _HIDDEN_KEPT * hidden + _WIDE_KEPT * wide + copies * inputs + routed
-        inputs_kept = tokens * scale * each * (footprint.layers - 1)
-    tile = 2 * min(tokens, _TILE[0]) * min(footprint.vocabulary, _TILE[1])
-    tile += 4 * tokens * hidden * footprint.width
-    return max(layer + max(inputs_kept - gradients, 0.0), inputs_kept + tile - gradients)
