@@ -43,6 +43,8 @@ class Here:
     peers: "cluster.Alone"
     ends: float | None
     """When the scheduler ends this start, if it says so."""
+    offloaded: int = 0
+    """Bytes of the base that each machine of the team keeps in host memory."""
 
 
 def story(machine: cli.Machine, *, restart: bool = False) -> None:
@@ -97,7 +99,7 @@ def lead(here: Here, *, restart: bool) -> None:
     if trained:
         here.peers.release()
     else:
-        here.peers.tell(pull=True)
+        here.peers.tell(pull=True, offloaded=here.offloaded)
     base = convert.native(pull.base(config.model.base, cache), cache, after)
     if not trained:
         start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
@@ -145,7 +147,7 @@ def ready(here: Here, *, trained: bool = False, helps: bool = False, look: bool 
     elif trains:
         plan = launch.Plan(launch.place(config, None, here.team, None))
     pull.preflight(config, here.cache, here.machine.after, found, scratch=plan.scratch, look=look, helps=helps)
-    return dataclasses.replace(here, team=plan.team)
+    return dataclasses.replace(here, team=plan.team, offloaded=plan.offloaded)
 
 
 def check_training_machine(here: Here) -> None:
@@ -235,6 +237,8 @@ def help_out(here: Here) -> None:
     told = first.hear()
     if "pull" in told:
         check_training_machine(here)
+        # only the first node sizes the model up, but each has its own host memory
+        launch.check_offloaded(told["offloaded"], cluster.free_memory(), cluster.total_memory())
         log.phase("pull")
         base = convert.native(pull.base(config.model.base, cache), cache, machine.after)
         told = first.hear()

@@ -5,7 +5,7 @@ What the processes make is in ``task.out``; how each of them ended is in ``task.
 
 from job.launch.compatibility import check_hardware
 from job.launch.kernels import check_machine
-from job.launch.planning import Plan, plan
+from job.launch.planning import Plan, check_offloaded, plan
 from job.launch.processes import die_with, digests, over, task, training
 from job.launch.strategy import choose, place
 from job.launch.team import check_environment, environment, team
@@ -15,6 +15,7 @@ __all__ = [
     "check_environment",
     "check_hardware",
     "check_machine",
+    "check_offloaded",
     "choose",
     "die_with",
     "digests",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from job import config, errors, log
 from job.inputs import Team
+from job.launch.activations import estimate_activations
 from job.model.footprint import Footprint, describe_unquantized
 
 _USABLE = 0.95  # of a GPU's memory; the rest goes to what lies between the tensors
@@ -16,20 +17,6 @@ _OPTIMIZER_BYTES = {
 }
 _FLOAT = 4  # bytes of a weight of the adapter, and of its gradient
 _WHOLE = ("ddp", "zero1", "zero2")  # have the whole base on each GPU
-
-# Bytes for each token of a micro batch, where numbers have 2 bytes. Fitted to a simulation of one
-# micro batch on fake tensors with TRL's, PEFT's and transformers' own code (table B in
-# tests/shapes.py): 10 models, 256 to 16,384 tokens, with and without quantization, checkpointing
-# and dropout. It was not measured on a GPU.
-_HIDDEN, _WIDE = (
-    28.0,
-    9.6,
-)  # while one layer is computed backward: for each hidden number, and for each inside the MLP
-_HIDDEN_KEPT, _WIDE_KEPT = 25.0, 7.0  # of a layer that is not recomputed, until its backward
-_INPUT = 2.8  # for each input of a layer with an adapter: the copy that dropout makes, and its mask
-# For each hidden number and expert: inputs gathered, outputs scattered, their gradients; not fitted.
-_ROUTED = 10.0
-_TILE = (4096, 32768)  # tokens and words of which TRL 1.16 has logits at once (chunked_logprob.py)
 
 
 @dataclass(frozen=True)
@@ -51,111 +38,152 @@ class Need:
     optimizer: float
     activations: float
     """What the peak of a step takes beyond all of these."""
+    offload: bool = False
+    """Whether the shards of the base stay in host memory, and GPUs have only what is gathered."""
 
-    def fixed(self, shares: int) -> float:
-        """Return what is on each of `shares` GPUs that share the base, whatever the examples are."""
-        gathered = self.layer + self.ends if shares > 1 else 0.0
-        return self.base / shares + self.constants + gathered + self.adapter + self.gradients
+    @property
+    def replica(self) -> float:
+        """Return the bytes of a whole base with the adapter, whatever the examples are."""
+        return self.base + self.constants + self.adapter + self.gradients
 
-    def on_each(self, shares: int, processes: int = 1) -> float:
-        """Return all of it for each of `shares` GPUs that share the base, of so many `processes`."""
+    def fixed(self, shards: int) -> float:
+        """Return what is on each of `shards` GPUs that share the base, whatever the examples are.
+
+        With offload FSDP2 sends each layer from host memory to the GPU when it gathers it, also
+        where one process has all of the base (torch's CPUOffloadPolicy).
+        """
+        if shards == 1 and not self.offload:
+            return self.replica
+        shard = 0.0 if self.offload else self.base / shards
+        gathered = self.layer + self.ends
+        return shard + gathered + self.constants + self.adapter + self.gradients
+
+    def on_each(self, shards: int, processes: int = 1) -> float:
+        """Return all of it for each of `shards` GPUs that share the base, of `processes` in all."""
         exchanged = self.gradients if processes > 1 else 0.0  # a flat copy of them, to be averaged
-        certain = self.fixed(shares) + self.optimizer + _CONTEXT
-        if shares > 1:
+        certain = self.fixed(shards) + self.optimizer + _CONTEXT
+        if shards > 1 or self.offload:
             # the next layer is gathered early; gradients are averaged when activations are gone
             return certain + self.layer + max(self.activations, exchanged)
         return certain + self.activations + exchanged
 
 
-def choose(settings: config.Config, footprint: Footprint | None, team: Team, memory: int | None) -> str:
+def choose(
+    settings: config.Config,
+    footprint: Footprint | None,
+    team: Team,
+    memory: int | None,
+    room: float | None = None,
+) -> str:
     """Return the strategy for `team`, and log why where the config says auto.
 
-    `memory` is that of the smallest GPU in bytes, None on a CPU. Raises `errors.ConfigError` if the
-    frozen base and the adapter cannot be where the strategy wants them.
+    `memory` is that of the smallest GPU in bytes, None on a CPU; `room` is the host memory that the
+    base can have with distributed.offload, None if nobody counted it. Raises `errors.ConfigError`
+    if the frozen base and the adapter cannot be where the strategy wants them.
     """
     wanted = settings.distributed.strategy
     if memory is None or footprint is None:
         return "ddp" if wanted == "auto" else wanted
     need = estimate(settings, footprint)
-    shares = team.size  # which is possible if a node's own GPUs are too few: see `count_shards`
-    alone, shared = need.on_each(1, team.size), need.on_each(shares, team.size)
+    # ZeRO-3 knows no copies of the base on each node
+    shards = team.size if wanted == "zero3" else count_shards(team, need, memory, room)
+    alone, sharded = need.on_each(1, team.size), need.on_each(shards, team.size)
     chosen = wanted
     if footprint.scheme:
         chosen = "ddp"
-        if need.fixed(1) > memory:
+        if need.replica > memory:
             raise errors.ConfigError(
                 f"the base, which is quantized already ({footprint.scheme}), takes "
-                f"{log.size(need.fixed(1))} with the adapter, and each GPU of {log.size(memory)} needs "
-                "all of it: use larger GPUs, or the original weights and strategy fsdp"
+                f"{log.size(need.replica)} with the adapter, and each GPU of {log.size(memory)} "
+                "needs all of it: use larger GPUs, or the original weights and strategy fsdp"
             )
     elif wanted == "auto":
         cannot_shard = team.size == 1 or settings.model.quantization == "int8"
         chosen = "ddp" if alone <= memory * _USABLE or cannot_shard else "fsdp"
+        shard = "" if cannot_shard else f", one of {shards} shards of it {log.size(sharded)}"
         log.event(
             "launch.strategy",
-            f"{team.size} GPU(s) of {log.size(memory)}: a whole copy of the model on each takes about "
-            f"{log.size(alone)}, a share of it {log.size(shared)}, so the strategy is {chosen}",
+            f"{team.size} GPU(s) of {log.size(memory)}: a whole copy of the model on each takes "
+            f"about {log.size(alone)}{shard}, so the strategy is {chosen}",
             strategy=chosen,
             memory=memory,
         )
-    _refuse(settings, chosen, shares, footprint, need, memory)
-    each = alone if chosen in _WHOLE else shared
-    if each > memory * _USABLE and not settings.distributed.offload:
+    _refuse(settings, chosen, shards, footprint, need, memory)
+    each = alone if chosen in _WHOLE else sharded
+    if each > memory * _USABLE:
         log.warn(
             "launch.tight",
-            f"about {log.size(each)} for each GPU of {log.size(memory)} may be too much: lower train.micro_batch_size "
-            "(the result stays the same) or data.max_length",
+            f"about {log.size(each)} for each GPU of {log.size(memory)} may be too much: lower "
+            "train.micro_batch_size (the result stays the same) or data.max_length",
         )
     return chosen
 
 
-def place(settings: config.Config, footprint: Footprint | None, team: Team, memory: int | None) -> Team:
-    """Return `team` with its strategy, and with how many processes share one copy of the base under fsdp.
+def place(
+    settings: config.Config,
+    footprint: Footprint | None,
+    team: Team,
+    memory: int | None,
+    room: float | None = None,
+) -> Team:
+    """Return `team` with its strategy, and with how many processes share one base under fsdp.
 
     Arguments and errors are those of `choose`.
     """
-    strategy = choose(settings, footprint, team, memory)
+    strategy = choose(settings, footprint, team, memory, room)
     if strategy != "fsdp" or team.nodes == 1:
         return replace(team, strategy=strategy)
     need = estimate(settings, footprint) if footprint else None
-    shards = count_shards(team, need, memory)
-    sharded = f"each node shards a copy of the base over its {team.processes} processes, and none crosses the network"
+    shards = count_shards(team, need, memory, room)
+    how = f"each node shards a copy of the base over its {team.processes} processes"
+    how += ", and none crosses the network"
     if shards == team.size:
-        sharded = f"one copy of the base is sharded over all {team.size} processes, and gathered over the network"
-    log.event("launch.sharded", f"fsdp: {sharded}", shards=shards)
+        how = f"one copy of the base is sharded over all {team.size} processes"
+        how += ", and gathered over the network"
+    log.event("launch.sharded", f"fsdp: {how}", shards=shards)
     return replace(team, strategy=strategy, sharded_over=shards)
 
 
-def count_shards(team: Team, need: Need | None, memory: int | None) -> int:
+def count_shards(
+    team: Team,
+    need: Need | None,
+    memory: int | None,
+    room: float | None = None,
+) -> int:
     """Return how many processes share one copy of the frozen base under fsdp.
 
-    Those of one node, where their GPUs hold a copy; on a node with one process there would be nothing to share.
+    They are those of one node where its GPUs hold a copy, or with offload its host memory, of which
+    the base can have `room`. A node with one process has nobody else to share with.
     """
     if team.processes == 1:
         return team.size
-    if need is None or memory is None or need.on_each(team.processes, team.size) <= memory * _USABLE:
+    if need is None or memory is None:
         return team.processes
-    return team.size
+    fits = need.on_each(team.processes, team.size) <= memory * _USABLE
+    if need.offload:
+        # a GPU needs the same for any number of shards; what differs is each node's host memory
+        fits = room is None or need.base <= room
+    return team.processes if fits else team.size
 
 
 def _refuse(
     settings: config.Config,
     chosen: str,
-    shares: int,
+    shards: int,
     footprint: Footprint,
     need: Need,
     memory: int,
 ) -> None:
     """Raise `errors.ConfigError` if what is there whatever the examples are has no place."""
     quantization = settings.model.quantization
-    takes = f"the frozen base and the adapter take about {log.size(need.fixed(1))}"
+    takes = f"the frozen base and the adapter take about {log.size(need.replica)}"
     takes += f" with model.quantization {quantization}"
     if sum(footprint.unquantized.values()) > footprint.weights / 2:
         takes += f" ({describe_unquantized(footprint.weights, footprint.unquantized)})"
     smaller = "" if quantization in ("nf4", "fp4") else "nf4, "
     each = f"on each GPU of {log.size(memory)}"
     whole = need.base + need.constants
-    if chosen in _WHOLE and need.fixed(1) > memory:
+    if chosen in _WHOLE and need.replica > memory:
         raise errors.ConfigError(
             f"{takes}, and {chosen} has all of it {each}: use {smaller}larger GPUs, or several and "
             "distributed.strategy fsdp"
@@ -166,17 +194,27 @@ def _refuse(
             "distributed.strategy fsdp, which does it while it loads them"
         )
     if chosen == "fsdp" and settings.lora.dora and whole > memory:
-        raise errors.ConfigError(f"{takes}, and lora.dora needs all of it {each} to begin with: leave dora out")
-    if not settings.distributed.offload and need.fixed(shares) > memory:
         raise errors.ConfigError(
-            f"{takes}, and {shares} GPUs of {log.size(memory)} cannot hold it together, for each "
-            f"needs {log.size(need.fixed(shares))}: use more or larger ones, {smaller}or "
-            "distributed.offload with fsdp"
+            f"{takes}, and lora.dora needs all of it {each} to begin with: use larger GPUs, or set "
+            "lora.dora to false and train plain LoRA"
         )
+    if chosen in _WHOLE or need.fixed(shards) <= memory:
+        return
+    if need.offload:
+        raise errors.ConfigError(
+            f"{takes}, and with distributed.offload each GPU of {log.size(memory)} still needs "
+            f"{log.size(need.fixed(shards))} for the adapter and for what is gathered of the base: "
+            f"use {smaller}larger GPUs, or lower lora.r"
+        )
+    raise errors.ConfigError(
+        f"{takes}, and {shards} GPUs of {log.size(memory)} cannot hold it together, for each needs "
+        f"{log.size(need.fixed(shards))}: use more or larger ones, {smaller}or distributed.offload "
+        "with fsdp"
+    )
 
 
 def estimate(settings: config.Config, footprint: Footprint) -> Need:
-    """Return what training needs on a GPU: weights to the byte, activations as they were simulated."""
+    """Return what training needs on a GPU: weights to the byte, activations as simulated."""
     trained = footprint.trained
     return Need(
         base=footprint.base,
@@ -186,33 +224,7 @@ def estimate(settings: config.Config, footprint: Footprint) -> Need:
         adapter=trained * _FLOAT,
         gradients=trained * _FLOAT,
         optimizer=trained * _OPTIMIZER_BYTES[settings.train.optimizer],
-        activations=_activations(settings, footprint, trained * _FLOAT),
+        activations=estimate_activations(settings, footprint, trained * _FLOAT),
+        # ZeRO-2 keeps the optimizer in host memory, and the base on each GPU
+        offload=settings.distributed.offload and settings.distributed.strategy not in _WHOLE,
     )
-
-
-def _activations(settings: config.Config, footprint: Footprint, gradients: float) -> float:
-    """Return what the peak of a micro batch takes beyond the weights and all gradients.
-
-    With checkpointing each layer keeps its input, which is freed on the way back while gradients
-    come: the peak is near the first layer or near the last. A pair of answers is two conversations;
-    the reference is computed without gradients and adds nothing to the peak.
-    """
-    pairs = 2 if settings.train.method == "dpo" else 1
-    tokens = pairs * settings.train.micro_batch_size * settings.data.max_length
-    scale = footprint.width / 2
-    dropout = settings.lora.dropout > 0 and pairs == 1  # `train.placement` switches it off for pairs
-    copies = _INPUT * dropout
-    if settings.model.quantization == "none" and not footprint.scheme:
-        copies += _INPUT * (1 + dropout)  # PEFT makes a float32 copy there
-    hidden, wide, inputs = footprint.hidden, footprint.wide, footprint.inputs
-    routed = _ROUTED * footprint.experts * hidden
-    # the peak is at the way out of the MLP
-    unpacked = min(footprint.unpacked, hidden * wide * footprint.width)
-    layer = tokens * scale * (_HIDDEN * hidden + _WIDE * wide + copies * inputs + routed) + unpacked
-    inputs_kept = float(tokens * hidden * footprint.width * footprint.layers)
-    if not settings.train.gradient_checkpointing:
-        each = _HIDDEN_KEPT * hidden + _WIDE_KEPT * wide + copies * inputs + routed
-        inputs_kept = tokens * scale * each * (footprint.layers - 1)
-    tile = 2 * min(tokens, _TILE[0]) * min(footprint.vocabulary, _TILE[1])
-    tile += 4 * tokens * hidden * footprint.width
-    return max(layer + max(inputs_kept - gradients, 0.0), inputs_kept + tile - gradients)

@@ -55,6 +55,14 @@ class Footprint:
     """How many weights the adapter has."""
     inputs: float
     """Inputs of the layers with an adapter: of all in one decoder layer, on average."""
+    outputs: float
+    """Their outputs, likewise."""
+    adapted: float
+    """Their weights in the base, likewise."""
+    dora_inputs: int
+    """Inputs of the one for which DoRA makes the largest matrices; 0 if there is none."""
+    dora_outputs: int
+    """Its outputs."""
     layers: int
     hidden: int
     """Width of the hidden states."""

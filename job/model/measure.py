@@ -80,11 +80,17 @@ def measure(base: Path, settings: config.Config) -> Footprint:
     layers = int(getattr(text, "num_hidden_layers", None) or len(sizes.blocks) or 1)
     hidden = int(getattr(text, "hidden_size", None) or _linear_shape(network.get_input_embeddings())[0])
     wide, experts = _active_width(text, hidden)
+    # DoRA's identity is inputs x inputs, and four times its other matrices are inputs x outputs
+    largest = max(shapes, key=lambda shape: shape[0] * (shape[0] + 4 * shape[1]), default=(0, 0))
     return Footprint(
         weights=sizes.weights, unquantized=dict(sizes.unquantized) if sizes.largest else {}, scheme=str(scheme or ""),
         blocks=sum(sizes.blocks.values()), block=max(sizes.blocks.values(), default=0), ends=sizes.ends,
         constants=sizes.constants, unpacked=sizes.largest * dtype.itemsize, trained=trained,
-        inputs=sum(inputs for inputs, _ in shapes) / layers, layers=layers, hidden=hidden, wide=wide, experts=experts,
+        inputs=sum(inputs for inputs, _ in shapes) / layers,
+        outputs=sum(outputs for _, outputs in shapes) / layers,
+        adapted=sum(inputs * outputs for inputs, outputs in shapes) / layers,
+        dora_inputs=largest[0], dora_outputs=largest[1],
+        layers=layers, hidden=hidden, wide=wide, experts=experts,
         vocabulary=int(getattr(text, "vocab_size", None) or 1), width=dtype.itemsize,
     )  # fmt: skip
 

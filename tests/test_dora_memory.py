@@ -1,0 +1,109 @@
+"""What DoRA takes beyond plain LoRA, beside the live bytes of PEFT's own code on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import shapes
+import torch
+from live_bytes import LiveBytes
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from job import config
+from job.launch import strategy
+from job.launch.activations import count_dora_matrices
+from job.model import lora, measure, weights
+
+HIDDEN, WIDE, LAYERS = 128, 448, 3  # as in Llama 3.1, where the MLP is 3.5 times as wide
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of three layers."""
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=WIDE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def autocast() -> Iterator[None]:
+    """Compute in bfloat16 on the CPU, and let PEFT, which asks for CUDA's autocast, know of it."""
+    torch.set_autocast_enabled("cuda", enabled=True)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", enabled=False)
+
+
+def simulate(base: Path, settings: config.Config) -> int:
+    """Return the peak of live bytes of one micro batch, forward and backward."""
+    network = lora.adapted(weights.for_training(base, settings.model), settings.lora)
+    network.train()
+    network.config.use_cache = False
+    network.enable_input_require_grads()
+    if settings.train.gradient_checkpointing:
+        network.activation_checkpointing_enable()
+    tokens = torch.randint(0, 64, (1, settings.data.max_length))
+    with LiveBytes() as live, autocast():
+        network(input_ids=tokens, labels=tokens).loss.backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("length", [16, 512])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_dora_takes_what_a_simulation_says(
+    quantization: str, length: int, dropout: float, base: Path, *, checkpointing: bool
+) -> None:
+    """Within 20 %: with few tokens its matrices and weights, with many what it keeps of each."""
+    peaks, estimates = [], []
+    for dora in (False, True):
+        settings = shapes.settings(
+            model={"quantization": quantization, "compute_dtype": "bfloat16"},
+            lora={"dora": dora, "dropout": dropout, "r": 4},
+            data={"max_length": length},
+            train={"micro_batch_size": 1, "gradient_checkpointing": checkpointing},
+        )
+        need = strategy.estimate(settings, measure.measure(base, settings))
+        estimates.append(need.activations + need.gradients)
+        peaks.append(simulate(base, settings))
+
+    assert estimates[1] - estimates[0] == pytest.approx(peaks[1] - peaks[0], rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("inputs", "outputs"), [(448, 128), (1024, 128), (128, 448), (256, 256)])
+def test_the_matrices_of_one_layer_are_counted(
+    inputs: int,
+    outputs: int,
+    dtype: torch.dtype,
+) -> None:
+    """The layer's own forward, with and without autocast, is within 20 % of the formula."""
+    network = nn.Sequential(nn.Linear(inputs, outputs, bias=False, dtype=dtype))
+    shape = LoraConfig(r=4, target_modules=["0"], use_dora=True)
+    layer = get_peft_model(network, shape)
+    given = torch.ones(1, inputs, dtype=dtype)
+
+    with LiveBytes() as live:
+        if dtype == torch.bfloat16:
+            with autocast():
+                layer(given)
+        else:
+            layer(given)
+
+    counted = count_dora_matrices(inputs, outputs, dtype.itemsize)
+    assert counted == pytest.approx(live.peak, rel=0.2)

@@ -1,0 +1,153 @@
+"""Where the frozen base is sharded: over which GPUs, and with offload in which host memory."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import nvml
+import pytest
+import shapes
+
+import entrypoint
+from job import cli, cluster, config, errors, inputs, launch, log, paths, preemption, storage
+from job.launch import strategy
+from job.launch.strategy import Need
+from job.model import measure
+from job.model.footprint import Footprint
+
+GIB = 2**30
+TWO_NODES = inputs.Team(nodes=2, processes=4, gpus=True)
+OFFLOAD = {"strategy": "fsdp", "offload": True}
+
+
+def measure_70b(
+    folder: Path, quantization: str, **sections: dict[str, object]
+) -> tuple[config.Config, Footprint, Need]:
+    """Return a config, the sizes and the need of Llama 3.1 70B; 141 GB without quantization."""
+    settings = shapes.settings(model={"quantization": quantization}, **sections)
+    sizes = measure.measure(shapes.outline("Llama-3.1-70B-Instruct", folder), settings)
+    return settings, sizes, strategy.estimate(settings, sizes)
+
+
+@pytest.mark.parametrize(("room", "shards"), [(None, 4), (150e9, 4), (130e9, 8)])
+def test_offload_shards_within_a_node_if_its_host_memory_holds_the_base(
+    room: float | None, shards: int, tmp_path: Path
+) -> None:
+    """The GPUs of 24 GB need not hold their shares of 35 GB; only what is gathered counts there."""
+    settings, sizes, _ = measure_70b(tmp_path, "none", distributed=OFFLOAD)
+
+    placed = launch.place(settings, sizes, TWO_NODES, 24 * GIB, room)
+
+    assert placed.shards == shards
+
+
+def test_offload_leaves_a_gpu_what_is_gathered(tmp_path: Path) -> None:
+    """Embeddings, head and a layer with the adapter and its gradients, also for one process."""
+    _, sizes, need = measure_70b(tmp_path, "nf4", distributed=OFFLOAD)
+    gathered = sizes.ends + sizes.block + sizes.constants + 2 * 4 * sizes.trained
+
+    assert [need.fixed(shards) for shards in (1, 4, 8)] == [pytest.approx(gathered)] * 3
+    # a layer more is gathered early; 1 GB is what CUDA takes
+    activations = max(need.activations, need.gradients)
+    each = gathered + sizes.block + need.optimizer + activations + 1e9
+    assert need.on_each(4, 8) == pytest.approx(each)
+
+
+def test_offload_is_refused_where_not_even_what_is_gathered_fits(tmp_path: Path) -> None:
+    """Before anything is downloaded, with what a GPU still needs."""
+    settings, sizes, _ = measure_70b(tmp_path, "none", distributed=OFFLOAD)
+
+    told = r"with distributed\.offload each GPU of 7\.5 GB still needs 7\.6 GB .* use nf4, larger"
+    with pytest.raises(errors.ConfigError, match=told):
+        launch.choose(settings, sizes, TWO_NODES, 7 * GIB)
+
+
+def test_offload_is_warned_of_activations_that_hardly_fit(
+    tmp_path: Path,
+    said: Callable[[], str],
+) -> None:
+    """They are on the GPU wherever the base is."""
+    for length in (1024, 16384):
+        data = {"max_length": length}
+        settings, sizes, need = measure_70b(tmp_path, "none", distributed=OFFLOAD, data=data)
+        launch.choose(settings, sizes, TWO_NODES, 24 * GIB)
+        assert ("may be too much" in said()) == (length > 1024)
+
+    assert f"about {log.size(need.on_each(4, 8))} for each GPU of 25.8 GB" in said()
+
+
+def test_zero2_offloads_no_base(tmp_path: Path) -> None:
+    """DeepSpeed moves the optimizer alone to host memory there, and each GPU keeps the base."""
+    _, sizes, need = measure_70b(
+        tmp_path,
+        "nf4",
+        distributed={"strategy": "zero2", "offload": True},
+        train={"optimizer": "adamw_torch"},
+    )
+
+    assert not need.offload
+    assert need.fixed(1) > sizes.base
+
+
+def test_the_log_tells_the_shards_that_are_used(tmp_path: Path, said: Callable[[], str]) -> None:
+    """Four on each of two nodes, where the GPUs of a node hold a copy, and not all eight."""
+    settings, sizes, need = measure_70b(tmp_path, "nf4")
+
+    placed = launch.place(settings, sizes, TWO_NODES, 24 * GIB)
+
+    assert placed.shards == 4
+    each = log.size(need.on_each(4, 8))
+    assert f"one of 4 shards of it {each}, so the strategy is fsdp" in said()
+    assert each != log.size(need.on_each(8, 8))
+
+
+class HeardError(Exception):
+    """What the first node told the others, which ends it here."""
+
+
+class Nodes(cluster.Alone):
+    """The other nodes for the first one, and the first one for another."""
+
+    def __init__(self, **message: object) -> None:
+        self.message = message
+
+    def tell(self, **message: object) -> None:
+        raise HeardError(message)
+
+    def hear(self) -> dict[str, object]:
+        return self.message
+
+
+def test_each_node_checks_its_own_host_memory(
+    tiny_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first tells what each node holds of an offloaded base; a node without room ends with 64.
+
+    It ends with 1 where only what is free now is too little.
+    """
+    settings = config.read(tiny_run(distributed=OFFLOAD))
+    nvml.install(monkeypatch, [nvml.Card()])
+    monkeypatch.setattr(entrypoint, "check_training_machine", lambda _: None)  # of torch for CPUs
+
+    def machine(node: int, peers: cluster.Alone) -> entrypoint.Here:
+        program = cli.Machine(settings, {}, preemption.Notice(), ExitStack(), ())
+        cache = paths.Cache(tmp_path / f"cache{node}", "run")
+        cache.make()
+        team = inputs.Team(nodes=2, node=node, gpus=True)
+        return entrypoint.Here(program, storage.connect(settings.run.url), cache, team, peers, None)
+
+    first = machine(0, Nodes())
+    with first.machine.after, pytest.raises(HeardError) as told:
+        entrypoint.lead(first, restart=False)
+    message = told.value.args[0]
+    sizes = measure.measure(Path(settings.model.base.removeprefix("file://")), settings)
+    assert message == {"pull": True, "offloaded": sizes.base // 2}
+
+    total = cluster.total_memory()
+    more = f"{log.size(2 * total)} of the base are in host memory"
+    with pytest.raises(errors.ConfigError, match=more) as caught:
+        entrypoint.help_out(machine(1, Nodes(pull=True, offloaded=2 * total)))
+    assert caught.value.status == 64
+    with pytest.raises(errors.HostMemoryError, match=r"free: end what else") as busy:
+        launch.check_offloaded(2, 1, 3)
+    assert busy.value.status == 1
