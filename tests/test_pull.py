@@ -248,43 +248,6 @@ def test_a_merged_model_that_is_not_what_a_run_sealed_is_an_error(
     pull.base(base.as_uri(), cache)
 
 
-def outlined(base: Path, tiny_run: Callable[..., Path], folder: Path) -> set[str]:
-    """Write what the size of the `base` is counted from, with its code, and return the names of the files."""
-    folder.mkdir(exist_ok=True)
-    settings = config.read(tiny_run(model={"base": base.as_uri()}))
-    pull.survey(settings).outline(folder, code=True)
-    return files(folder)
-
-
-def test_code_of_a_published_base_is_checked_before_it_is_run(
-    base: Path, tiny_run: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Its size is counted by running it, before the download, where the manifest is compared again."""
-    (base / "modeling_own.py").write_text("x = 1\n")
-    of_a_run(base)
-    assert "modeling_own.py" in outlined(base, tiny_run, tmp_path / "good")
-
-    (base / "modeling_own.py").write_text("x = 2\n")
-
-    with pytest.raises(errors.ModelError, match=r"modeling_own\.py is not what its manifest\.json says, so it is not"):
-        outlined(base, tiny_run, tmp_path / "bad")
-    assert "modeling_own.py" not in files(tmp_path / "bad")
-    (base / "training.json").unlink()  # of somebody else, whose files have no manifest of ours
-    assert "modeling_own.py" in outlined(base, tiny_run, tmp_path / "other")
-
-
-@pytest.mark.parametrize("name", ["config.json", "modeling_own.py"])
-def test_a_text_file_that_is_none_is_not_read(
-    name: str, base: Path, tiny_run: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Such a file would fill the memory of the machine before anything is known of the model."""
-    with (base / name).open("ab") as file:
-        file.truncate(16_000_001)
-
-    with pytest.raises(errors.ModelError, match=rf"{name} has 16\.0 MB, and no more than 16\.0 MB are read"):
-        outlined(base, tiny_run, tmp_path / "outline")
-
-
 def test_names_with_blanks_and_percent_signs_are_found(
     tmp_path: Path, cache: paths.Cache, records: Callable[..., Path], tiny_run: Callable[..., Path]
 ) -> None:

@@ -1,20 +1,18 @@
 """What kind of model a base is, as its config.json and the headers of its files tell."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job import errors, log, manifest, paths, storage
+from job import errors, storage
 from job.config import Config
 from job.model import footprint, legacy, prequantized, vision
-from job.pull.look import MEND, PICKLED, WEIGHTS, Found, is_published, read_manifest
+from job.pull.look import PICKLED, WEIGHTS, Found
 
 _ASIDE = ("quantize_config.json", "quant_config.json")  # where AutoGPTQ and AutoAWQ first told what they did
 _HEADER = 100_000_000  # bytes: safetensors takes no more
-_TEXT = 16_000_000  # bytes: of config.json, code and training.json, which have kilobytes
 
 
 @dataclass(frozen=True)
@@ -76,41 +74,13 @@ def outline(found: Found, kind: Kind, folder: Path, *, code: bool) -> None:
     """
     (folder / "config.json").write_text(json.dumps(kind.config), encoding="utf-8")
     (folder / footprint.TENSORS).write_text(json.dumps(kind.tensors), encoding="utf-8")
-    if not code:
-        return
-    sealed = _read_sealed(found)
-    for entry in found.entries:
+    for entry in found.entries if code else ():
         if entry.key.endswith(".py") and "/" not in entry.key:
-            source = _read(found, entry.key)
-            if sealed and sealed.get(entry.key) != hashlib.sha256(source).hexdigest():
-                raise errors.ModelError(
-                    f"model.base: {found.source.url}/{entry.key} is not what its {manifest.NAME} says, so it "
-                    f"is not run: {MEND}"
-                )
-            (folder / entry.key).write_bytes(source)
-
-
-def _read_sealed(found: Found) -> Mapping[str, str]:
-    """Return the SHA-256 of each file of a base that the job published; nothing of another base."""
-    if paths.TRAINING not in {entry.key for entry in found.entries}:
-        return {}
-    try:
-        facts = dict(json.loads(_read(found, paths.TRAINING)))
-    except (ValueError, TypeError):  # what others call so; if it is ours, it fails when it is downloaded
-        return {}
-    if not is_published(facts):
-        return {}
-    return {name: file.sha256 for name, file in read_manifest(found, "model.base").files.items()}
+            (folder / entry.key).write_bytes(_read(found, entry.key))
 
 
 def _read(found: Found, name: str) -> bytes:
-    """Return a file of text; raises `errors.ModelError` if it is too large to be one."""
     entry = next(entry for entry in found.entries if entry.key == name)
-    if entry.size > _TEXT:
-        raise errors.ModelError(
-            f"model.base: {found.source.url}/{name} has {log.size(entry.size)}, and no more than "
-            f"{log.size(_TEXT)} are read of such a file: it is not what its name says"
-        )
     return storage.read_range(found.source, entry, 0, entry.size)
 
 

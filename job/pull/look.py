@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -15,8 +15,6 @@ _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})(\.safetensors|\.bin)$")
 _DATA = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz|\.zst)?$")
 _HIDDEN = re.compile(r"(^|/)[._]")  # of editors, and of file systems
 _SHOWN = 8  # names in one line
-MEND = "start again what made it; if it was changed on purpose, remove its training.json"
-"""What to do about a result of the job that is not what was published."""
 
 
 @dataclass(frozen=True)
@@ -166,24 +164,3 @@ def data(url: str) -> Found:
             "and .gz or .zst"
         )
     return Found(source, entries)
-
-
-def is_published(facts: Mapping[str, object]) -> bool:
-    """Return whether `facts`, of a training.json, say that the job published what is beside it.
-
-    Others call other things a manifest.
-    """
-    return bool({"inputs", "made_of"} & facts.keys())
-
-
-def read_manifest(found: Found, key: str) -> manifest.Manifest:
-    """Return the manifest of what the job published; `key` of the config names it in errors.
-
-    Raises `errors.ModelError` if there is none.
-    """
-    url = found.source.url
-    entry = next((each for each in found.source.list() if each.key == manifest.NAME), None)
-    if entry is None:
-        raise errors.ModelError(f"{key}: {url} has no {manifest.NAME}, so it is not whole: {MEND}")
-    content = storage.read_range(found.source, entry, 0, entry.size)
-    return manifest.parse(content, f"{url}/{manifest.NAME}")
