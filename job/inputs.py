@@ -29,11 +29,16 @@ class Base:
 def facts(folder: Path) -> dict[str, Any]:
     """What is told of how an adapter or a merged model was made, by the job; nothing if it was made elsewhere."""
     path = folder / paths.TRAINING
+    return parse_facts(path.read_bytes(), str(path)) if path.is_file() else {}
+
+
+def parse_facts(training: bytes, where: str) -> dict[str, Any]:
+    """Return what the training.json that came from `where` holds; nothing if others wrote it."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        facts = json.loads(training)
     except ValueError as e:
-        raise errors.ModelError(f"{path} cannot be read ({e}): bring it again") from e
-    return told if isinstance(told, dict) else {}
+        raise errors.ModelError(f"{where} cannot be read ({e}): download it again") from e
+    return facts if isinstance(facts, dict) else {}
 
 
 def belongs(base: Base, adapter: Path) -> bool:

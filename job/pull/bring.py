@@ -14,14 +14,13 @@ from job.config import Config, Merging, Source
 from job.inputs import Base, DataFile, Images, Prepared
 from job.manifest import Manifest
 from job.model import vision
-from job.pull import kinds
+from job.pull import kinds, verified
 from job.pull import look as looked
 from job.pull.kinds import Kind
 from job.pull.look import Found
 
 _ABOUT = re.compile(rf"[^/]*\.(md|png|jpe?g|gif|svg|pdf)|\.git[^/]*|{paths.TERMS}", re.IGNORECASE)
 """What lies beside a model, and copies of it come with or without: it is the same model."""
-_MEND = "start again what made it; if it was changed on purpose, remove its training.json"
 _PACKED = 4  # times as large a base that was quantized to 4 bits is in 16
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number; most bases have 16 bits
 
@@ -136,15 +135,11 @@ def adapter(url: str, cache: paths.Cache) -> Path:
 
 def _unchanged(found: Found, path: Path, whole: Manifest, what: str) -> None:
     """Raise `errors.ModelError` if what a run or a merge published is not what it sealed."""
-    if not {"inputs", "made_of"} & inputs.facts(path).keys():
-        return  # others call other things a manifest
-    url = found.source.url
-    seal = next((entry for entry in found.source.list() if entry.key == manifest.NAME), None)
-    if seal is None:
-        raise errors.ModelError(f"{what}: {url} has no {manifest.NAME}, so it is not whole: {_MEND}")
-    told = manifest.parse(storage.read_range(found.source, seal, 0, seal.size), f"{url}/{manifest.NAME}")
-    if changed := sorted(name for name, _ in told.files.items() ^ whole.files.items() if not _ABOUT.fullmatch(name)):
-        raise errors.ModelError(f"{what}: {url} is not what its {manifest.NAME} says, such as {changed[0]}: {_MEND}")
+    sealed = verified.read_manifest(found, inputs.facts(path), what)
+    if sealed:
+        differing = {name for name, _ in sealed.files.items() ^ whole.files.items()}
+        changed = [name for name in differing if not _ABOUT.fullmatch(name)]
+        verified.raise_changed(found, changed, what)
 
 
 def _used(found: Sequence[Found], places: Sequence[Path], cache: paths.Cache, keep: ExitStack) -> None:

@@ -1,6 +1,7 @@
 """What kind of model a base is, as its config.json and the headers of its files tell."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 from job import errors, storage
 from job.config import Config
 from job.model import footprint, legacy, prequantized, vision
+from job.pull import verified
 from job.pull.look import PICKLED, WEIGHTS, Found
 
 _ASIDE = ("quantize_config.json", "quant_config.json")  # where AutoGPTQ and AutoAWQ first told what they did
+_CODE = re.compile(r"[^/]+\.py")
 _HEADER = 100_000_000  # bytes: safetensors takes no more
 
 
@@ -36,7 +39,7 @@ class Kind:
 def kind(found: Found) -> Kind:
     """What the base is, told before gigabytes move; raises `errors.ModelError` if it cannot be used."""
     try:
-        told = dict(json.loads(_read(found, "config.json")))
+        told = dict(json.loads(verified.read_file(found, "config.json")))
     except (ValueError, TypeError) as e:
         raise errors.ModelError(f"model.base: {found.source.url}/config.json cannot be read ({e})") from e
     called = told.get("architectures") or []
@@ -70,18 +73,16 @@ def kind(found: Found) -> Kind:
 def outline(found: Found, kind: Kind, folder: Path, *, code: bool) -> None:
     """Write to `folder` what tells how large the base is: config.json, and dtypes and shapes.
 
-    With `code` also the Python files that it comes with.
+    With `code` also the Python files that it comes with, which are run there: so they and
+    config.json are first compared with the base's manifest.json, if the job made it. Raises
+    `errors.ModelError` if they differ.
     """
+    sources = {entry.key for entry in found.entries if code and _CODE.fullmatch(entry.key)}
+    content = verified.read_sealed(found, {"config.json", *sources}, "model.base")
     (folder / "config.json").write_text(json.dumps(kind.config), encoding="utf-8")
     (folder / footprint.TENSORS).write_text(json.dumps(kind.tensors), encoding="utf-8")
-    for entry in found.entries if code else ():
-        if entry.key.endswith(".py") and "/" not in entry.key:
-            (folder / entry.key).write_bytes(_read(found, entry.key))
-
-
-def _read(found: Found, name: str) -> bytes:
-    entry = next(entry for entry in found.entries if entry.key == name)
-    return storage.read_range(found.source, entry, 0, entry.size)
+    for name in sources:
+        (folder / name).write_bytes(content[name])
 
 
 def suits(config: Config, kind: Kind, where: str) -> None:

@@ -4,7 +4,7 @@ import uuid
 
 from job import errors, log, manifest
 from job.manifest import Manifest
-from job.storage import patience
+from job.storage import checksum, patience
 from job.storage.store import Entry, Source, Store
 
 _VOID = b'{"being replaced'
@@ -38,6 +38,24 @@ def read_range(store: Source, entry: Entry, start: int, stop: int) -> bytes:
     """The bytes of `entry` from `start` to before `stop`; for small pieces of it."""
     return patience.USUAL.keep_trying(
         lambda: b"".join(store.stream(entry, start, stop)),
+        lambda error, tried: log.warn("store.retry", f"{error}; trying again", tried=tried),
+    )
+
+
+def read_file(store: Source, entry: Entry) -> bytes:
+    """Return the bytes of a small file, compared with the store's own checksum if it keeps one."""
+    wanted = store.checksum(entry)
+
+    def read_once() -> bytes:
+        data = b"".join(store.stream(entry, 0, entry.size))
+        running = checksum.Running(wanted)
+        running.update(data)
+        if wrong := running.mismatch():
+            raise errors.DamagedError(f"{store.url}/{entry.key} arrived damaged: {wrong}")
+        return data
+
+    return patience.USUAL.keep_trying(
+        read_once,
         lambda error, tried: log.warn("store.retry", f"{error}; trying again", tried=tried),
     )
 
