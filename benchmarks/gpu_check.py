@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from gpu_scale import PROGRESS, SCALES  # noqa: E402 - after the path
 
 RESULTS = "gpu_check.jsonl"
+_PATIENCE = {"cuda": 1, "cpu": 4}  # times the seconds of a part: a CPU mostly has other work too
 _CUDA_ENVIRONMENT = {  # before CUDA starts, as the job sets them for its workers
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -40,6 +41,7 @@ class Part:
     module: str
     function: str
     seconds: int
+    """The limit on a GPU; see `_PATIENCE`."""
     decides: str
 
     @property
@@ -52,13 +54,13 @@ PARTS = (
     Part("gpu_kernels", "check_machine", 120, "versions, driver, compute capability, compiler"),
     Part("gpu_kernels", "check_copy_kernels", 30, "which dtypes the sharding kernels keep bit by bit"),
     Part("gpu_kernels", "check_gathered_block", 30, "4-bit weights after FSDP2's copies"),
-    Part("gpu_ranks", "check_two_processes", 60, "the same gathered by two processes, as a sharded run checks it"),
+    Part("gpu_sharding", "check_two_processes", 90, "FSDP2 between two processes, over gloo"),
     Part("gpu_kernels", "check_compiler", 60, "whether the loss needs a C compiler"),
     Part("gpu_kernels", "check_loss_kernel", 60, "the loss kernel against full logits in float64"),
     Part("gpu_kernels", "check_determinism", 120, "the same step twice, bit by bit, and its cost"),
     Part("gpu_runs", "check_resume_packed", 150, "a stopped run against an undisturbed one, bit by bit"),
     Part("gpu_runs", "check_resume_padded", 150, "the same with padded batches"),
-    Part("gpu_ranks", "check_pace", 60, "whether a straggler's own time is measured by CUDA's events"),
+    Part("gpu_sharding", "check_pace", 30, "the clock that finds a slow process, by CUDA events"),
     Part("gpu_kernels", "check_speed", 120, "tokens/s, memory and kernel time of one micro batch"),
     Part("gpu_runs", "check_merge", 150, "merge, verification and generation"),
     Part("gpu_runs", "check_float16", 120, "the loss scaler of float16, also across a resume"),
@@ -153,12 +155,13 @@ def _run_worker(parts: Sequence[Part], device: str, work: Path, ends: float, res
         answers = _Answers(process)
         for number, part in enumerate(parts, start=1):
             begun = time.monotonic()
-            limit = min(part.seconds, ends - begun)
+            own_limit = part.seconds * _PATIENCE[device]
+            limit = min(own_limit, ends - begun)
             answer = answers.next(limit)
             seconds = time.monotonic() - begun
             if answer is None:
                 _kill_group(process)
-                cut = limit < part.seconds and seconds >= limit
+                cut = limit < own_limit and seconds >= limit
                 figures = {**_read_progress(work), **_explain(process, limit, log)}
                 results.add(part.name, "cut off" if cut else "failed", seconds, figures)
                 return number

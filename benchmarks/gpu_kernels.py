@@ -29,7 +29,7 @@ from job.train.packed_weights import find_changed_patterns
 _STORAGES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 _LOSS_TOKENS, _IGNORED_EVERY = 160, 5
 _TOLERANCE = 2e-2  # of bfloat16 products against float64, as a share of the largest value
-RECIPE = {"quantization": "nf4", "double_quant": True, "compute_dtype": "bfloat16"}
+_RECIPE = {"quantization": "nf4", "double_quant": True, "compute_dtype": "bfloat16"}
 _WITHOUT_COMPILER = """
 import os, torch
 from trl.kernels.chunked_logprob import *
@@ -70,7 +70,7 @@ def check_copy_kernels(scale: Scale, work: Path) -> dict[str, Any]:  # noqa: ARG
     """Count the 16-bit patterns that the copies of a sharded model change; bytes must stay."""
     device = torch.device(scale.device)
     changed = {str(dtype): find_changed_patterns(dtype, device) for dtype in _STORAGES}
-    require(changed["torch.uint8"] == 0, f"the copy changes bytes: {changed}")
+    _require(changed["torch.uint8"] == 0, f"the copy changes bytes: {changed}")
     return {"changed_patterns": changed}
 
 
@@ -86,7 +86,7 @@ def check_gathered_block(scale: Scale, work: Path) -> dict[str, Any]:  # noqa: A
         gathered = _gather_like_fsdp(packed)
         wrong = gathered.view(torch.uint8) != packed.view(torch.uint8)
         damaged[str(storage)] = float(wrong.float().mean())
-    require(damaged["torch.uint8"] == 0, f"gathered bytes differ: {damaged}")
+    _require(damaged["torch.uint8"] == 0, f"gathered bytes differ: {damaged}")
     return {"share_of_bytes_changed": damaged}
 
 
@@ -122,13 +122,13 @@ def check_compiler(scale: Scale, work: Path) -> dict[str, Any]:
             "seconds": round(time.monotonic() - begun, 1),
             "last": ended.stderr.strip().splitlines()[-1:],
         }
-    require(outcomes["with"]["status"] == 0, f"the loss fails with a compiler: {outcomes}")
+    _require(outcomes["with"]["status"] == 0, f"the loss fails with a compiler: {outcomes}")
     return outcomes
 
 
 def check_loss_kernel(scale: Scale, work: Path) -> dict[str, Any]:
     """Compare loss and gradient of TRL's fused head with full logits in float64."""
-    model = load(make_base(scale, scale.few_layers, work), {"quantization": "none"})
+    model = _load(make_base(scale, scale.few_layers, work), {"quantization": "none"})
     head = model.get_output_embeddings().weight.detach()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
     ids = torch.randint(scale.vocabulary, (1, _LOSS_TOKENS), device=scale.device)
@@ -150,21 +150,21 @@ def check_loss_kernel(scale: Scale, work: Path) -> dict[str, Any]:
     expected = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
     expected.backward()
     gradient, reference = states[0].grad, hidden.grad
-    require(gradient is not None and reference is not None, "no gradient reached the head's input")
+    _require(gradient is not None and reference is not None, "no gradient reached the head's input")
     assert gradient is not None and reference is not None  # noqa: PT018 - for the types
     off = float((gradient.double() - reference).abs().max() / reference.abs().max())
     loss_off = abs(float(loss) / float(expected) - 1)
-    require(max(off, loss_off) < _TOLERANCE, f"loss off by {loss_off:.2e}, gradient by {off:.2e}")
+    _require(max(off, loss_off) < _TOLERANCE, f"loss off by {loss_off:.2e}, gradient by {off:.2e}")
     return {"loss_off": loss_off, "gradient_off": off, "tolerance": _TOLERANCE}
 
 
 def check_determinism(scale: Scale, work: Path) -> dict[str, Any]:
     """Do each step twice, with and without deterministic kernels; with them all bits must be equal."""
-    model = adapt(load(make_base(scale, scale.few_layers, work), RECIPE))
+    model = _adapt(_load(make_base(scale, scale.few_layers, work), _RECIPE))
     figures = []
     for length in scale.lengths:
         for packed in (False, True):
-            batch = make_batch(scale, 2, length, packed=packed)
+            batch = _make_batch(scale, 2, length, packed=packed)
             row: dict[str, Any] = {"length": length, "packed": packed}
             for deterministic in (False, True):
                 with _deterministic(deterministic):
@@ -173,7 +173,7 @@ def check_determinism(scale: Scale, work: Path) -> dict[str, Any]:
             row["cost"] = row["deterministic"]["seconds"] / row["default"]["seconds"]
             figures.append(row)
     varying = [row for row in figures if not row["deterministic"]["equal"]]
-    require(not varying, f"deterministic kernels gave other bits: {varying}")
+    _require(not varying, f"deterministic kernels gave other bits: {varying}")
     return {"steps": figures}
 
 
@@ -188,12 +188,12 @@ def _compute_gradients(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -
     """Return the adapter's gradients of one step, by name, and the seconds that it took."""
     model.zero_grad()
     torch.manual_seed(0)  # for the dropout
-    synchronize()
+    _synchronize()
     begun = time.monotonic()
     with torch.autocast(batch["labels"].device.type, torch.bfloat16):  # as accelerate does it for bf16
         loss = -model(**batch, fused_lm_head=True).log_probs.sum()
     loss.backward()
-    synchronize()
+    _synchronize()
     seconds = time.monotonic() - begun
     return {
         name: parameter.grad.detach().clone()
@@ -209,10 +209,10 @@ def check_speed(scale: Scale, work: Path) -> dict[str, Any]:
     """
     rows = []
     for layers in dict.fromkeys((scale.few_layers, scale.layers)):
-        model = adapt(load(make_base(scale, layers, work), RECIPE))
+        model = _adapt(_load(make_base(scale, layers, work), _RECIPE))
         for packed in (False, True):
             for micro_batch in scale.micro_batches:
-                batch = make_batch(scale, micro_batch, scale.lengths[-1] // 2, packed=packed)
+                batch = _make_batch(scale, micro_batch, scale.lengths[-1] // 2, packed=packed)
                 row = {"layers": layers, "micro_batch": micro_batch, "packed": packed}
                 try:
                     rows.append(row | _measure(model, batch))
@@ -221,7 +221,7 @@ def check_speed(scale: Scale, work: Path) -> dict[str, Any]:
                 _keep_row(work, rows[-1])
         row = {"layers": layers, "profiled": True}
         try:
-            rows.append(row | _profile(model, make_batch(scale, 2, scale.lengths[-1] // 2, packed=False)))
+            rows.append(row | _profile(model, _make_batch(scale, 2, scale.lengths[-1] // 2, packed=False)))
         except RuntimeError as e:  # such as a driver that lets nobody look
             rows.append(row | {"error": str(e)[:200]})
         _keep_row(work, rows[-1])
@@ -263,7 +263,7 @@ def _profile(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str
     }
 
 
-def make_batch(scale: Scale, micro_batch: int, length: int, *, packed: bool) -> dict[str, torch.Tensor]:
+def _make_batch(scale: Scale, micro_batch: int, length: int, *, packed: bool) -> dict[str, torch.Tensor]:
     """Return sequences of `length` and three quarters of it: padded rows, or one packed row."""
     lengths = [length - (row % 2) * (length // 4) for row in range(micro_batch)]
     draw = torch.Generator().manual_seed(0)
@@ -281,13 +281,12 @@ def make_batch(scale: Scale, micro_batch: int, length: int, *, packed: bool) -> 
     return {name: value.to(scale.device) for name, value in batch.items()}
 
 
-def load(base: Path, model: dict[str, Any]) -> PreTrainedModel:
-    """Load the `base` as the job does, with these keys of its config's section ``model``."""
+def _load(base: Path, model: dict[str, Any]) -> PreTrainedModel:
     settings = config.Model.model_validate({"base": base.as_uri(), **model})
     return weights.for_training(base, settings)
 
 
-def adapt(model: PreTrainedModel) -> PreTrainedModel:
+def _adapt(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model with an adapter, a fused head and gradient checkpointing, as the job trains it."""
     adapted: Any = lora.adapted(model, config.Lora())
     lora.draw(adapted, 0)
@@ -313,8 +312,7 @@ def _deterministic(wanted: bool) -> Iterator[None]:  # noqa: FBT001 - reads well
         torch.use_deterministic_algorithms(mode=False)
 
 
-def synchronize() -> None:
-    """Wait until the GPU has done what it was asked to, if there is one."""
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -326,7 +324,6 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def require(holds: bool, message: str) -> None:  # noqa: FBT001 - an assertion
-    """Raise `RuntimeError` with the `message` unless it `holds`; unlike an assertion, with ``python -O`` too."""
+def _require(holds: bool, message: str) -> None:  # noqa: FBT001 - an assertion that -O keeps
     if not holds:
         raise RuntimeError(message)
