@@ -73,7 +73,7 @@ def _run(job: Callable[[Notice], None]) -> BaseException | None:
 
 
 def _find_interruption(error: BaseException, notice: Notice) -> BaseException | None:
-    """Return what `notice` interrupted the job with, if `error` is what a library made of it.
+    """Return the exception that `notice` interrupted the job with, if `error` came of it.
 
     An interruption is raised wherever the main thread is, also below C code, and some of that
     code raises an error of its own in its place, such as a SystemError.

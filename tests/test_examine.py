@@ -270,6 +270,15 @@ def write_logits(
     }
 
 
+def draw_logits(effect: float, share: float, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the merged model and the adapted one add to the base's logits.
+
+    The adapter's `effect`, of which the merged model has a `share`, and noise of its own.
+    """
+    way, other = (torch.randn(64, 200, generator=torch.manual_seed(seed)) for seed in (1, 2))
+    return way * effect * share + other * noise, way * effect
+
+
 def judged(folder: Path, merged: torch.Tensor, adapted: torch.Tensor, numbers: str, name: str = "adapted") -> object:
     """Return how far off a merged model is judged to be; see `write_logits`."""
     found = write_logits(folder, merged, adapted, name=name)
@@ -300,17 +309,16 @@ def test_a_merged_model_does_what_the_adapter_does(
 ) -> None:  # fmt: skip
     """What it makes, how much of that is there, and noise: it is not only little that is wrong, but nothing lacks."""
     effect, has, noise = figures
-    way, other = (torch.randn(64, 200, generator=torch.manual_seed(seed)) for seed in (1, 2))
-    wanted, made = way * effect, way * effect * has + other * noise
+    merged, adapted = draw_logits(*figures)
 
     if good:
-        assert judged(tmp_path, made, wanted, numbers, name) == pytest.approx(
+        assert judged(tmp_path, merged, adapted, numbers, name) == pytest.approx(
             math.hypot(effect * (1 - has), noise), rel=0.1
         )
-        assert ("so small a change is partly lost when the weights are rounded" in said()) == (has < 0.5)
+        assert ("hides how much of so small a change is there" in said()) == (has < 0.5)
     else:
         with pytest.raises(errors.ModelError, match="does not compute what the base with the adapter does"):
-            judged(tmp_path, made, wanted, numbers, name)
+            judged(tmp_path, merged, adapted, numbers, name)
 
 
 @pytest.mark.parametrize(
@@ -328,10 +336,8 @@ def test_a_merged_model_does_what_the_adapter_does(
 def test_what_bfloat16_cannot_tell_is_compared_in_float32(
     figures: tuple[float, float, float], numbers: str, certain: bool, tmp_path: Path  # noqa: FBT001 - a parameter
 ) -> None:  # fmt: skip
-    """A weak adapter, large differences, and every failure; other formats are compared once."""
-    effect, has, noise = figures
-    way, other = (torch.randn(64, 200, generator=torch.manual_seed(seed)) for seed in (1, 2))
-    found = write_logits(tmp_path, way * effect * has + other * noise, way * effect)
+    """For a weak adapter, a large difference, and before a refusal; other formats are compared once."""
+    found = write_logits(tmp_path, *draw_logits(*figures))
 
     assert judge.is_certain(found, tmp_path, judge.Standard(numbers=numbers)) is certain
 

@@ -38,7 +38,9 @@ class Inquiry:
     nowhere: str = NO_MEMORY
     """Why a model without choices has none."""
     left_out: str = "not verified"
-    """What a model is called that is left out."""
+    """What the log says of a model that is left out."""
+    reserve: float = 0
+    """Seconds after `ends` that are kept for later questions."""
 
     def ask(
         self,
@@ -68,8 +70,13 @@ class Inquiry:
         """Let it end so many seconds later."""
         self.ends += seconds
 
+    def release_reserve(self) -> None:
+        """Let it end later by the time that was kept for the questions that follow."""
+        self.extend(self.reserve)
+        self.reserve = 0
+
     def placement(self, name: str) -> Placement | None:
-        """Return where the model was looked at, if it was."""
+        """Return where the model was verified, if it was."""
         return self.choices[name][0] if name in self.found else None
 
     def _sort(

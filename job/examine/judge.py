@@ -63,28 +63,28 @@ class Difference:
 
     @property
     def allowed(self) -> float:
-        """The largest distance of a good merge."""
+        """Return the largest distance of a good merge."""
         most, times = _ALLOWED[self.numbers]
         return max(most, self.effect / times)
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the merged model seems to have the adapter, once."""
+        """Return True if the merged model seems to have the adapter, once."""
         return abs(self.share - 1) <= _LACK
 
     @property
     def shows(self) -> bool:
-        """Whether the adapter's effect can be told from rounding."""
+        """Return True if the adapter's effect can be told from rounding."""
         return self.effect > _SHOWS[self.numbers]
 
     @property
     def is_good(self) -> bool:
-        """Whether this may be a good merge; NaN is none."""
+        """Return True if this may be a good merge; NaN is none."""
         return self.off <= self.allowed and (self.has_adapter or not self.shows)
 
     @property
     def is_certain(self) -> bool:
-        """Whether a comparison in float32 would tell no more."""
+        """Return True if a comparison in float32 would tell no more."""
         if self.numbers != FORMATS[1]:
             return True
         return self.shows and self.has_adapter and self.off <= _USUAL
@@ -123,8 +123,8 @@ def check(found: Found, scratch: Path, like: Standard, coarse: str = "") -> dict
     for name, each in found.items():
         if "error" in each and name == "merged":
             raise errors.ModelError(f"the merged model cannot be opened by plain transformers: {each['error']}")
-        if name not in _measured(found):
-            log.warn("examine.failed", f"{CALLED[name]}: could not be verified ({_fault(each)})")
+    for name, fault in find_faults(found).items():
+        log.warn("examine.failed", f"{CALLED[name]}: could not be verified ({fault})")
     _sized(found.get("merged", {}), short=like.short)
     if not are_compared(found, like):
         return {}
@@ -139,7 +139,7 @@ def summarize(
     good = _measured(found)
     read, rows = _count_common(good.values())
     told: dict[str, Any] = {
-        "left": {name: _fault(each) for name, each in found.items() if name not in good},
+        "left": find_faults(found),
         "on": split,
         "read": read,
         "loss": {name: _average(each["losses"][:read]) for name, each in good.items()},
@@ -190,8 +190,13 @@ def _average(losses: Sequence[tuple[float, int]]) -> float:
     return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
-def _fault(answer: Mapping[str, Any]) -> str:
-    """Why nothing was measured: a lack of memory and a fault of a GPU say nothing about the model."""
+def find_faults(found: Found) -> dict[str, str]:
+    """Return why models were not measured; a lack of memory or a GPU's fault says nothing of them."""
+    measured = _measured(found)
+    return {name: _explain_fault(each) for name, each in found.items() if name not in measured}
+
+
+def _explain_fault(answer: Mapping[str, Any]) -> str:
     if "memory" in answer:
         return f"memory: {answer['memory']}"
     return str(answer.get("error") or answer.get("failed") or f"GPU: {answer.get('gpu')}")
@@ -270,8 +275,8 @@ def _explain_faint(difference: Difference, coarse: str) -> str:
     )
     if difference.numbers == FORMATS[0]:
         return (
-            f"{measured}: so small a change is partly lost when the weights are rounded to "
-            "merge.dtype; merge.dtype float32 keeps all of it"
+            f"{measured}: rounding the weights to merge.dtype hides how much of so small a change "
+            "is there; merge.dtype float32 keeps all of it"
         )
     uncertain = f"{measured}, which rounding in {difference.numbers} may hide or feign"
     if not coarse:
@@ -287,13 +292,13 @@ def _logits(scratch: Path, name: str, rows: int, which: str = "logits") -> torch
 
 
 def _cut_alike(*logits: torch.Tensor) -> list[torch.Tensor]:
-    """Return of [positions, vocabulary] the words that all have."""
-    words = min(each.shape[1] for each in logits)
-    return [each[:, :words] for each in logits]
+    """Return these logits, [positions, vocabulary], cut to the tokens that all of them have."""
+    tokens = min(each.shape[1] for each in logits)
+    return [each[:, :tokens] for each in logits]
 
 
 def _share(merged: torch.Tensor, adapted: torch.Tensor, before: torch.Tensor) -> float:
-    """Return how much of the way from the logits `before` to the `adapted` ones was gone."""
+    """Return how far the merged logits went from those `before` to the `adapted` ones: 1 is all the way."""
     merged, adapted, before = _cut_alike(merged, adapted, before)
     way = adapted - before
     return float(((merged - before) * way).sum() / way.square().sum().clamp(min=1e-300))

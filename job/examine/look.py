@@ -67,7 +67,7 @@ def _verify(questions: "Questions", program: Program) -> dict[str, Any]:
 
     inquiry = questions.inquiry(program)
     inquiry.ask(questions.names, questions.question, questions.plain_examples())
-    inquiry.extend(questions.reserve)
+    inquiry.release_reserve()
     compared = _compare(questions, inquiry)
     left = questions.compare_bases(inquiry)  # only now: the merge has passed
     seen = (

@@ -224,8 +224,8 @@ def losses(
 ) -> tuple[list[tuple[float, int]], list[torch.Tensor]]:
     """Return of each example sum and count of the trained tokens' losses, and logits at some.
 
-    The logits are [positions, vocabulary], of about as many positions of each example. When half of the time to
-    `ends` is over, no further example is begun.
+    The logits are [positions, vocabulary], of about as many positions of each example. No further
+    example is begun when half of the time to `ends` is over.
     """
     deadline = time.monotonic() + (ends - time.monotonic()) * READING
     found: list[tuple[float, int]] = []

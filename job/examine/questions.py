@@ -51,8 +51,6 @@ class Questions:
     prompts: list[dict[str, Any]] = field(default_factory=list)
     tuned: str = "merged"
     """The model that answers as the tuned one."""
-    reserve: float = 0
-    """Seconds of the time that are left for a second comparison and for the other merge."""
 
     @classmethod
     def about(
@@ -94,11 +92,7 @@ class Questions:
         # A quantized model goes where there is room for it, others to the same place.
         alike = len(pair) > 1 and self.like != "trained"
         minutes = self.settings.examine.minutes
-        # One model's share of the time is left for what may be asked when the first answers are known.
-        exact = self._exact_choices(self.choices)
-        coarse = all(exact.values()) and any(self.choices[name][0].dtype != FORMATS[0] for name in exact)
-        if len(pair) > 1 and (coarse or "trained" in self.names):
-            self.reserve = minutes * 60 / (len(self.names) + 1)
+        reserve = self._reserve_seconds() if len(pair) > 1 else 0.0
         for name in self.names:
             if self.choices[name]:
                 log.event(
@@ -109,11 +103,23 @@ class Questions:
             program=program,
             scratch=self.scratch,
             minutes=minutes,
-            ends=time.monotonic() + minutes * 60 - self.reserve,
+            ends=time.monotonic() + minutes * 60 - reserve,
+            reserve=reserve,
             choices=self.choices,
             together=frozenset(pair if alike else ()),
             nowhere=self.sizes.unknown or NO_MEMORY,
         )
+
+    def _reserve_seconds(self) -> float:
+        """Return one model's share of the time if questions may follow the first answers.
+
+        These are the comparison in float32 and the merge into the other base.
+        """
+        exact = self._exact_choices(self.choices)
+        coarse = any(self.choices[name][0].dtype != FORMATS[0] for name in exact if self.choices[name])
+        if "trained" in self.names or (coarse and all(exact.values())):
+            return self.settings.examine.minutes * 60 / (len(self.names) + 1)
+        return 0.0
 
     def question(self, name: str, placement: Placement) -> dict[str, Any]:
         """Return what is asked about the model of that name, as `plain` takes it."""
@@ -125,7 +131,7 @@ class Questions:
             "adapter": None if folder else str(self.models.adapter),
             **self._words(folder),
             "check_words": name in ("merged", self.like),
-            "quantized": self.sizes.quantization(name, placement.dtype),
+            "quantized": self.sizes.describe_quantization(name, placement.dtype),
             "device_map": dict(placement.device_map),
             "dtype": placement.dtype,
             "positions": _POSITIONS,
@@ -184,7 +190,7 @@ class Questions:
         """Ask about both models that are compared again, in float32 and about few examples.
 
         `order` are the numbers of the examples, those first on which the models differ most. Return
-        what was found, and why it does not suffice, if it does not.
+        what was found, and why not both were compared, if so.
         """
         folder = self.scratch / FORMATS[0]
         folder.mkdir()
@@ -206,8 +212,9 @@ class Questions:
             f"{CALLED[self.like]}; comparing both again in float32",
         )
         again.ask(choices, functools.partial(self._brief_question, folder), few)
-        missing = [f"{CALLED[name]}: {why}" for name, why in again.left.items()]
-        return again, f"the comparison in float32 failed ({'; '.join(missing)})"
+        faults = again.left | judge.find_faults(again.found)
+        reasons = "; ".join(f"{CALLED[name]}: {why}" for name, why in faults.items())
+        return again, reasons and f"the comparison in float32 failed ({reasons})"
 
     def _exact_choices(self, choices: Mapping[str, list[Placement]]) -> dict[str, list[Placement]]:
         """Return where the models that are compared may be in float32."""

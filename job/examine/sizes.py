@@ -20,11 +20,12 @@ _UNCOUNTABLE = (
 
 
 class Sizes:
-    """What the base takes in memory, in each format, counted without its weights."""
+    """Counts what the base takes in memory in each format, without its weights, and remembers it."""
 
     def __init__(self, base: Path, model: config.Model) -> None:
         self._base, self._model = base, model
         self.unknown = ""
+        """Why sizes cannot be counted, once `choose` has found that out."""
         self._outlines: dict[tuple[bool, str], Outlined] = {}
 
     def outline(self, name: str | None, dtype: str) -> Outlined:
@@ -35,19 +36,19 @@ class Sizes:
         return self._outlines[key]
 
     def _measure(self, name: str | None, dtype: str) -> Outlined:
-        quantization = self.quantization(name, dtype)
-        how = BitsAndBytesConfig(**quantization) if quantization else None  # type: ignore[no-untyped-call]
+        arguments = self.describe_quantization(name, dtype)
+        how = BitsAndBytesConfig(**arguments) if arguments else None  # type: ignore[no-untyped-call]
         number_format: torch.dtype = getattr(torch, dtype)
         model_config, _ = weights.describe(self._base, self._model)
         model = load_size.outline(model_config, how, number_format, trust_remote_code=self._model.trust_remote_code)
         return model, load_size.measure(model, how, number_format)
 
-    def quantization(self, name: str | None, dtype: str) -> dict[str, Any] | None:
+    def describe_quantization(self, name: str | None, dtype: str) -> dict[str, Any] | None:
         """Return bitsandbytes' settings for the model of that name, as JSON can hold them."""
         if name != "trained":
             return None
         model_config, _ = weights.describe(self._base, self._model)
-        settings = weights.quantization(self._model, model_config, getattr(torch, dtype))
+        settings = weights.describe_quantization(self._model, model_config, getattr(torch, dtype))
         return {
             key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
             for key, value in settings.items()

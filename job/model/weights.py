@@ -223,17 +223,17 @@ def _device() -> int | str:
 def _quantization(
     settings: config.Model, model_config: PretrainedConfig, dtype: torch.dtype
 ) -> BitsAndBytesConfig | None:
-    found = quantization(settings, model_config, dtype)
-    return BitsAndBytesConfig(**found) if found else None  # type: ignore[no-untyped-call]
+    arguments = describe_quantization(settings, model_config, dtype)
+    return BitsAndBytesConfig(**arguments) if arguments else None  # type: ignore[no-untyped-call]
 
 
-def quantization(settings: config.Model, model_config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+def describe_quantization(settings: config.Model, model_config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of `BitsAndBytesConfig` to train on a base; none if it stays whole."""
     if settings.quantization == "none":
         return {}
-    found: dict[str, Any] = {"load_in_8bit": True}
+    arguments: dict[str, Any] = {"load_in_8bit": True}
     if settings.quantization != "int8":
-        found = {
+        arguments = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": settings.quantization,
             "bnb_4bit_use_double_quant": settings.double_quant,
@@ -243,5 +243,5 @@ def quantization(settings: config.Model, model_config: PretrainedConfig, dtype: 
             "bnb_4bit_quant_storage": torch.uint8,
         }
     if kept := kept_whole(model_config, dtype):
-        found["llm_int8_skip_modules"] = kept
-    return found
+        arguments["llm_int8_skip_modules"] = kept
+    return arguments

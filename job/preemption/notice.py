@@ -27,7 +27,7 @@ class Notice:
         self.grace: float | None = None  # seconds from then to the end of the machine, if the cluster said so
         self.at_risk: str | None = None  # why the request may come soon
         self.failure: errors.JobError | None = None  # of another thread, not raised yet
-        self.interruption: BaseException | None = None  # what was raised last in the main thread
+        self.interruption: BaseException | None = None  # what `check` raised last
         self._hurried: float | None = None  # when a signal came after the first request, by time.monotonic()
         self._failed = threading.Event()
         self._deferred, self._concluded = False, False
