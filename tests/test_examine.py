@@ -393,6 +393,26 @@ def test_a_weak_adapter_is_no_error_where_float32_does_not_fit(
     assert "which rounding in bfloat16 may hide or feign; this machine has no memory to compare in float32" in said()
 
 
+@pytest.mark.usefixtures("in_bfloat16")
+def test_why_float32_did_not_compare_is_told(
+    models: examine.Models, tmp_path: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both models fitted by the estimate and a model could not be loaded after all."""
+    usual = plain.load
+
+    def load(model: dict[str, Any]) -> object:
+        if model["dtype"] == "float32":
+            raise MemoryError
+        return usual(model)
+
+    monkeypatch.setattr(plain, "load", load)
+
+    seen = looked(weaken(models, 0.15), tmp_path / "scratch")
+
+    assert seen["dtype"] == "bfloat16"
+    assert "the comparison in float32 failed (the merged model: memory: MemoryError" in said()
+
+
 def test_models_that_read_different_numbers_of_examples_are_compared_on_the_common_ones(tmp_path: Path) -> None:
     """Also one that read fewer without its adapter: no figure is of examples that another one lacks."""
     generator = torch.manual_seed(0)
