@@ -1,6 +1,9 @@
-"""How large the GPU checks are."""
+"""How large the GPU checks are, and the rows that a part keeps while it runs."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 PROGRESS = "progress.jsonl"  # in the work folder: rows of a part that is not done yet
 
@@ -19,6 +22,8 @@ class Scale:
     """Of the model whose speed and memory are measured; with `few_layers` it gives those of any number of layers."""
     few_layers: int
     """Of the models whose bits are compared."""
+    preset_layers: int
+    """Of the model that a preset trains."""
     lengths: tuple[int, ...]
     """Tokens of the sequences."""
     micro_batches: tuple[int, ...]
@@ -28,6 +33,12 @@ class Scale:
 
 
 SCALES = {  # on the GPU the shape of Qwen2.5-7B
-    "cuda": Scale("cuda", 3584, 18944, 28, 4, 152064, 8, 4, (512, 2048), (2, 8, 16), 30, 12),
-    "cpu": Scale("cpu", 64, 128, 4, 2, 512, 2, 2, (48, 160), (1, 2), 6, 2),
+    "cuda": Scale("cuda", 3584, 18944, 28, 4, 152064, 8, 4, 28, (512, 2048), (2, 8, 16), 30, 12),
+    "cpu": Scale("cpu", 64, 128, 4, 2, 512, 2, 2, 3, (48, 160), (1, 2), 6, 2),
 }
+
+
+def keep_row(work: Path, row: dict[str, Any]) -> None:
+    """Write a row down at once, so that it is kept if the part is killed before it ends."""
+    with (work / PROGRESS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
