@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def make_base(scale: Scale, layers: int, folder: Path) -> Path:
     path = folder / f"base-{layers}"
     if path.exists():  # made by a worker that is gone
         return path
-    _make_tokenizer().save_pretrained(folder / "part")
+    shutil.rmtree(folder / "part", ignore_errors=True)  # of a worker that was killed
+    _make_tokenizer(scale.vocabulary).save_pretrained(folder / "part")
     config = Qwen2Config(
         vocab_size=scale.vocabulary,
         hidden_size=scale.hidden,
@@ -45,7 +47,11 @@ def make_base(scale: Scale, layers: int, folder: Path) -> Path:
     return path
 
 
-def _make_tokenizer() -> PreTrainedTokenizerFast:
+def _make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes, with tokens that no text has up to the size of `vocabulary`.
+
+    A random model answers with any token, and each must print as something.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,6 +60,10 @@ def _make_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=400, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["a"], trainer)
+    described = json.loads(tokenizer.to_str())
+    tokens = described["model"]["vocab"]
+    tokens |= {f"unused{number}": number for number in range(len(tokens), vocabulary)}
+    tokenizer = Tokenizer.from_str(json.dumps(described))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_SPECIAL[2], pad_token=_SPECIAL[0])
     fast.chat_template = _TEMPLATE
     return fast
