@@ -38,8 +38,8 @@ def test_every_kernel_check_passes_on_the_cpu(tmp_path: Path) -> None:
         "torch.uint8": "same output", "torch.bfloat16": "same output",  # copies on a CPU keep NaNs
     }  # fmt: skip
     fast, slow = results["two-processes"]["layer_seconds"]
-    assert fast < 0.1
-    assert slow >= 0.2  # two layers, each slower by 0.1 s
+    assert fast < 0.1 <= slow
+    assert results["two-processes"]["pass_seconds"][0] >= 0.07  # rank 0 waited
     assert results["pace"]["taken"] >= 0.1
     steps = results["determinism"]["steps"]
     assert [(step["length"], step["packed"]) for step in steps] == [
