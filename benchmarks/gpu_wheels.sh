@@ -3,7 +3,8 @@
 # benchmarks/gpu_check.py, in the versions of constraints.txt:
 #
 #   benchmarks/gpu_wheels.sh FOLDER [PYTHON_VERSION]      on a machine that reaches a package index
-#   pip install --no-index --no-deps --target SITE FOLDER/*.whl && PYTHONPATH=SITE python benchmarks/gpu_check.py
+#   pip install --no-index --no-deps --target SITE FOLDER/*.whl
+#   PYTHONPATH=SITE python benchmarks/gpu_check.py --device cuda --out "$OUT"
 #
 # Wheels of bitsandbytes hold a library for each CUDA version; only those for CUDA 13.0 and for the CPU are kept. The
 # folder must stay under 64 MiB, which is what such a machine may take.
