@@ -10,6 +10,7 @@ import pytest
 from conftest import S3, files
 
 from job import config, errors, manifest, paths, pull, storage
+from job.pull import look
 
 
 @pytest.fixture
@@ -147,6 +148,23 @@ def test_local_files_are_used_where_they_lie(settings: config.Config, base: Path
     assert not [name for name in files(cache.root) if name.endswith(".safetensors")]
     (base / "model.safetensors").write_bytes(b"another model")
     assert pull.base(settings.model.base, cache).digest != one.digest
+
+
+def test_files_that_change_before_they_are_hashed_are_not_used_in_place(
+    settings: config.Config, base: Path, cache: paths.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No digest of another version is recorded for the listed one."""
+    found = look.base(settings.model.base)
+    (base / "model.safetensors").write_bytes(b"another model")
+    monkeypatch.setattr(look, "base", lambda _url: found)
+
+    with pytest.raises(errors.ChangedError, match=r"safetensors changed since it was listed"):
+        pull.base(settings.model.base, cache)
+
+    (base / "model.safetensors").unlink()
+    with pytest.raises(errors.ChangedError, match="was removed since it was listed"):
+        pull.base(settings.model.base, cache)
+    assert files(cache.root) == set()
 
 
 def test_the_digest_of_a_base_does_not_depend_on_where_it_lies(

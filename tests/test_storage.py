@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from boto3.s3.transfer import TransferConfig
 from conftest import S3, files
+from faults import Proxy, says
 
 from job import errors, manifest, storage
 from job.storage import checksum, incoming, local, upload
@@ -415,6 +416,62 @@ def test_a_file_that_changed_since_it_was_listed_is_not_taken(
         storage.pull(store, listed, tmp_path / "back", below="base/")
 
     assert not (tmp_path / "back").exists()
+
+
+def test_a_file_that_was_removed_since_it_was_listed_is_missed(
+    store: storage.Store, directory: Path, tmp_path: Path
+) -> None:
+    """Whoever reads it is told to start again, and not that the URL is wrong."""
+    storage.push(store, directory, "base/")
+    listed = entries_of(store, "base/")
+    small = next(entry for entry in listed if entry.key == "base/small")
+    store.delete("base/small")
+
+    for read in (
+        lambda: storage.read_file(store, small),
+        lambda: storage.read_range(store, small, 0, 5),
+        lambda: storage.pull(store, listed, tmp_path / "back", below="base/"),
+    ):
+        with pytest.raises(errors.ChangedError, match="removed since it was listed; start again"):
+            read()
+
+
+@pytest.mark.parametrize("size", [600_000, 300_000], ids=["equal", "shorter"])
+def test_a_file_that_is_written_while_it_is_read_is_not_taken(size: int, tmp_path: Path) -> None:
+    """Its first blocks are of one version and the last ones of another."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b"1" * 600_000)
+    store = storage.Folder(tmp_path)
+    (entry,) = store.list()
+
+    reading = store.stream(entry, 0, entry.size)
+    next(reading)
+    path.write_bytes(b"2" * size)
+
+    with pytest.raises(errors.ChangedError, match="changed since it was listed"):
+        list(reading)
+
+
+def test_an_overloaded_store_is_asked_again_for_the_size_of_parts(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the checksum of a multipart object would be given up without need."""
+    (tmp_path / "large").write_bytes(os.urandom(9 << 20))
+    parts = TransferConfig(multipart_threshold=8 << 20)
+    s3.client().upload_file(str(tmp_path / "large"), bucket, "large", Config=parts)
+    with Proxy(s3.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = storage.connect(f"s3://{bucket}")
+        (entry,) = store.list()
+        left = iter([says(503, "SlowDown")])
+        proxy.chosen = lambda request, _: next(left, None) if "partNumber" in request.path else None
+
+        with pytest.raises(errors.StoreError):
+            store.checksum(entry)
+        known = store.checksum(entry)
+
+    assert known
+    assert known.name == "MD5 of parts"
 
 
 def test_two_pulls_of_the_same_download_it_once(store: storage.Store, directory: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The step itself: look at everything first, then copy what is not on this machine yet."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -254,7 +255,7 @@ def _recorded(folder: storage.Folder, found: Found, record: Path) -> Manifest:
     """Hash files that are used in place, once: the record's name changes when a size or a time does."""
     with contextlib.suppress(FileNotFoundError, errors.DamagedError):
         return manifest.parse(record.read_bytes(), str(record))
-    files = {e.key: manifest.File(size=e.size, sha256=manifest.sha256(folder.path(e))) for e in found.entries}
+    files = {e.key: manifest.File(e.size, _hash_entry(folder, e)) for e in found.entries}
     record.parent.mkdir(parents=True, exist_ok=True)
     temporary = record.with_suffix(f".{os.getpid()}.part")
     temporary.write_bytes(Manifest(files).to_json())
@@ -266,3 +267,11 @@ def _recorded(folder: storage.Folder, found: Found, record: Path) -> Manifest:
         digest=Manifest(files).digest,
     )
     return Manifest(files)
+
+
+def _hash_entry(folder: storage.Folder, entry: storage.Entry) -> str:
+    """Return the SHA-256 of a file; raises `errors.ChangedError` if it is not as it was listed."""
+    digest = hashlib.sha256()
+    for block in folder.stream(entry, 0, entry.size):
+        digest.update(block)
+    return digest.hexdigest()

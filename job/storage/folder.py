@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from job import errors, manifest
 from job.storage.store import ANY, Blob, Block, Check, Entry, Upload
@@ -53,13 +54,13 @@ class Folder:
         return self.root / entry.key
 
     def stream(self, entry: Entry, start: int, stop: int) -> Iterator[Block]:
-        with self.path(entry).open("rb") as file:
-            if self._entry(self.path(entry), entry.key) != entry:
-                raise errors.ChangedError(f"{self.url}/{entry.key} changed since it was listed; start again")
+        with self._open_entry(entry) as file:
+            self._check_version(file, entry)
             file.seek(start)
             while start < stop and (block := file.read(min(_BLOCK, stop - start))):
                 yield block
                 start += len(block)
+            self._check_version(file, entry)  # a file that is written in place is a mixture
 
     def checksum(self, entry: Entry) -> None:
         """A file system keeps none."""
@@ -122,10 +123,22 @@ class Folder:
                 path = path.parent
                 path.rmdir()
 
+    def _open_entry(self, entry: Entry) -> BinaryIO:
+        try:
+            return self.path(entry).open("rb")
+        except (FileNotFoundError, NotADirectoryError) as e:
+            what = f"{self.url}/{entry.key} was removed since it was listed"
+            raise errors.ChangedError(f"{what}; start again") from e
+
+    def _check_version(self, file: BinaryIO, entry: Entry) -> None:
+        """Raise `errors.ChangedError` if the open `file` is not what `entry` describes."""
+        if _describe_file(os.fstat(file.fileno()), entry.key) != entry:
+            what = f"{self.url}/{entry.key} changed since it was listed"
+            raise errors.ChangedError(f"{what}; start again")
+
     @staticmethod
     def _entry(path: Path, key: str) -> Entry:
-        seen = path.stat()
-        return Entry(key, seen.st_size, f"{seen.st_mtime_ns}-{seen.st_ino}")
+        return _describe_file(path.stat(), key)
 
     def _version(self, key: str) -> str | None:
         try:
@@ -183,6 +196,10 @@ class _FolderUpload:
         self._temporary.unlink(missing_ok=True)
 
     leave = abort
+
+
+def _describe_file(seen: os.stat_result, key: str) -> Entry:
+    return Entry(key, seen.st_size, f"{seen.st_mtime_ns}-{seen.st_ino}")
 
 
 def _into_place(temporary: Path, target: Path, move: Callable[[Path], object]) -> None:

@@ -59,25 +59,30 @@ class S3:
             try:
                 yield from self._ranges.stream(key, entry.version, start, stop)
             except botocore.exceptions.ClientError as e:
-                if s3_errors.code(e) in s3_errors.LOST:
-                    raise errors.ChangedError(
-                        f"{self.url}/{entry.key} was overwritten while it was read; start again"
-                    ) from e
+                if s3_errors.code(e) in (*s3_errors.LOST, *s3_errors.MISSING):
+                    raise self._describe_change(entry) from e
                 raise
 
     def checksum(self, entry: Entry) -> Expected | None:
         place: dict[str, Any] = {"Bucket": self.bucket, "Key": self.prefix + entry.key}
 
         def request(s3: "S3Client") -> Expected | None:
-            head = s3.head_object(**place, ChecksumMode="ENABLED")
+            try:
+                head = s3.head_object(**place, ChecksumMode="ENABLED")
+            except botocore.exceptions.ClientError as e:
+                if s3_errors.code(e) in s3_errors.MISSING:
+                    raise self._describe_change(entry) from e
+                raise
             if head["ETag"].strip('"') != entry.version:
-                raise errors.ChangedError(f"{self.url}/{entry.key} changed since it was listed; start again")
+                raise self._describe_change(entry)
             known = checksum.expected(dict(head), None)
             if known or "-" not in entry.version:
                 return known
             try:  # the bytes of the first part of a multipart upload; some stores cannot tell
                 part = s3.head_object(**place, PartNumber=1)["ContentLength"]
-            except botocore.exceptions.ClientError:
+            except botocore.exceptions.ClientError as e:
+                if s3_errors.code(e) in s3_errors.LATER:
+                    raise
                 return None
             return checksum.expected(dict(head), part)
 
@@ -124,6 +129,12 @@ class S3:
 
     def delete(self, key: str) -> None:
         self._patiently(f"deleting {key}", lambda s3: s3.delete_object(Bucket=self.bucket, Key=self.prefix + key))
+
+    def _describe_change(self, entry: Entry) -> errors.ChangedError:
+        """Return what reading `entry` ends with when it is not there any more, or another one."""
+        return errors.ChangedError(
+            f"{self.url}/{entry.key} was overwritten or removed since it was listed; start again"
+        )
 
     def _write(self, key: str, data: bytes, over: str | None) -> None:
         target = self._target(key, over)

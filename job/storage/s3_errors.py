@@ -14,6 +14,7 @@ from job import errors
 
 MISSING = ("404", "NoSuchKey", "NotFound")
 LOST = ("412", "PreconditionFailed")
+LATER = ("429", "503", "SlowDown", "ServiceUnavailable")  # nothing is wrong with the request
 UNABLE = ("501", "NotImplemented", "405", "MethodNotAllowed")
 _DENIED = (errors.DeniedError, "check the credentials and what they may do with this bucket")
 _EXPIRED = (errors.ExpiredError, "the credentials expired; a new start fetches new ones")

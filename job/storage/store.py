@@ -45,7 +45,7 @@ class Source(Protocol):
         """The bytes from `start` to before `stop` as they arrive, in one try.
 
         Raises `errors.StoreError` when another try may succeed, and `errors.ChangedError` when the content is no longer
-        the one that `entry` describes: two versions are never mixed.
+        the one that `entry` describes, or gone: two versions are never mixed. May end early.
         """
 
     def checksum(self, entry: Entry) -> Expected | None:
