@@ -80,6 +80,36 @@ def truncate(request: Request, forward: Forward) -> None:
         raise DroppedError
 
 
+def shorten(request: Request, forward: Forward) -> None:
+    """Half of the body comes, in an answer that says it is all of it."""
+    forward(request)
+    request.content = request.content[: len(request.content) // 2]
+    request.answer["Content-Length"] = str(len(request.content))
+
+
+def shorten_chunks(request: Request, forward: Forward) -> None:
+    """Half of the body comes, in chunks that end as they should."""
+    shorten(request, forward)
+    request.content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(request.content), request.content)
+    request.answer["Transfer-Encoding"] = "chunked"
+    del request.answer["Content-Length"]
+
+
+def ignore_range(request: Request, forward: Forward) -> None:
+    """The whole file comes, a thousand times what was asked for."""
+    forward(request)
+    request.content *= 1000
+    request.status, request.answer["Content-Length"] = 200, str(len(request.content))
+    request.answer.pop("Content-Range", None)
+
+
+def hide_checksum(request: Request, forward: Forward) -> None:
+    """The object is encrypted with a key of KMS, so its ETag says nothing of the content."""
+    forward(request)
+    kept = {k: v for k, v in request.answer.items() if not k.lower().startswith("x-amz-checksum")}
+    request.answer = {**kept, "x-amz-server-side-encryption": "aws:kms"}
+
+
 def stall(request: Request, forward: Forward) -> None:
     """Half of the body comes, or no answer at all, and then nothing for longer than anybody waits."""
     forward(request)

@@ -1,5 +1,6 @@
 """Reading a base model from the Hugging Face Hub, against a server that answers as the Hub does."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -79,17 +81,36 @@ class Hub(BaseHTTPRequestHandler):
             self._send(b"", {}, 503)
         elif name == self.damaged and hurt == "truncated":
             self._send(piece, headers, 206, whole=False)
+        elif name == self.damaged and hurt == "trickle":
+            self._send(piece, headers, 206, pause=0.05)
         else:
             self._send(piece, headers, 206)
 
-    def _send(self, data: bytes, headers: dict[str, str], status: int = 200, *, whole: bool = True) -> None:
+    def _send(
+        self,
+        data: bytes,
+        headers: dict[str, str],
+        status: int = 200,
+        *,
+        whole: bool = True,
+        pause: float = 0,
+    ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if pause:
+            self._trickle(data, pause)
+        elif self.command == "GET":
             self.wfile.write(data if whole else data[: len(data) // 2])
         self.close_connection = not whole
+
+    def _trickle(self, data: bytes, pause: float) -> None:
+        """Send a byte at a time, until all are sent or the job goes away."""
+        with contextlib.suppress(ConnectionError):
+            for number in range(len(data)):
+                time.sleep(pause)
+                self.wfile.write(data[number : number + 1])
 
 
 @pytest.fixture
@@ -181,6 +202,32 @@ def test_a_hub_with_hiccups_delivers_in_the_end(hub: dict[str, str], tmp_path: P
     assert manifest.of(tmp_path / "back") == manifest.of(tiny_model)
     assert outcome.stderr.count("trying again") == 3
     assert outcome.stderr.count("damaged on the way: SHA256") == 1
+
+
+def run_program(program: str, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own: the Hub's client reads its settings once."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT, env=environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_small_file_that_trickles_is_asked_for_again(hub: dict[str, str]) -> None:
+    """Each byte comes in time, and the last one would take a minute."""
+    Hub.damaged, Hub.hurts = "config.json", ["trickle", "none"]
+    program = (
+        "import sys; from job import log, storage; from job.storage import patience;"
+        "log.to_people(sys.stderr); patience.PART_SECONDS = 1.0;"
+        "hub = storage.source('hf://org/tiny@main');"
+        "entry = next(e for e in hub.list() if e.key == 'config.json');"
+        "print(storage.read_file(hub, entry).decode())"
+    )
+
+    outcome = run_program(program, hub)
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(outcome.stdout) == json.loads((Hub.folder / "config.json").read_text())
+    assert "bytes arrived in 1 s; trying again" in outcome.stderr
 
 
 @pytest.mark.parametrize(

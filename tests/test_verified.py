@@ -3,13 +3,19 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import faults
 import pytest
+from conftest import S3
+from faults import Fault, Proxy, Request
 
 from job import config, errors, manifest, paths, pull, storage
 from job.model import footprint
+from job.pull import kinds, look
+from job.storage import directory, patience
 from job.storage.checksum import Expected
 
 Sizing = Callable[[], footprint.Footprint | None]
@@ -164,7 +170,7 @@ class Damaging(storage.Folder):
 
     def stream(self, entry: storage.Entry, start: int, stop: int) -> Iterator[bytes]:
         self.times -= 1
-        yield from [b"damaged"] if self.times >= 0 else super().stream(entry, start, stop)
+        yield from [b"y = 1"] if self.times >= 0 else super().stream(entry, start, stop)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -177,3 +183,183 @@ def test_a_small_file_that_arrives_damaged_is_read_again(tmp_path: Path) -> None
     assert storage.read_file(once, entry) == b"x = 1"
     with pytest.raises(errors.DamagedError, match=r"modeling\.py arrived damaged: SHA256 is"):
         storage.read_file(always, entry)
+
+
+CODE = b"x = 1\n" * 100
+
+
+@pytest.fixture
+def proxy(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy between this process's stores and the S3 server."""
+    with Proxy(s3.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setattr(patience, "USUAL", patience.Patience(tries=6, first=0.01))
+        yield proxy
+
+
+@pytest.fixture(params=["obstore", "boto3"])
+def remote(
+    request: pytest.FixtureRequest,
+    proxy: Proxy,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> storage.Store:
+    """A bucket with one file of Python code, read through obstore or boto3 by way of the proxy."""
+    if request.param == "boto3":
+        monkeypatch.setitem(sys.modules, "obstore.store", None)
+    store = storage.connect(f"s3://{bucket}/base")
+    store.put("modeling.py", CODE)
+    proxy.hurt = 0
+    return store
+
+
+def spoil_answers(proxy: Proxy, method: str, fault: Fault, times: int) -> None:
+    """Do `fault` to the next answers about the file of code."""
+    left = iter([fault] * times)
+
+    def chosen(request: Request, _number: int) -> Fault | None:
+        asked = request.method == method and "modeling.py" in request.path
+        return next(left, None) if asked else None
+
+    proxy.chosen = chosen
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [faults.says(503, "SlowDown"), faults.reset],
+    ids=["503", "reset"],
+)
+def test_the_checksum_of_a_small_file_is_asked_for_again(
+    fault: Fault,
+    proxy: Proxy,
+    remote: storage.Store,
+) -> None:
+    """One answer of an overloaded store does not end the job in its first second."""
+    (entry,) = remote.list()
+    spoil_answers(proxy, "HEAD", fault, 2)
+
+    assert storage.read_file(remote, entry) == CODE
+    assert proxy.hurt == 2
+
+
+@pytest.mark.parametrize("short", [faults.shorten, faults.shorten_chunks], ids=["length", "chunks"])
+@pytest.mark.parametrize("read", ["file", "range"])
+def test_a_short_answer_is_never_the_whole_file(
+    read: str,
+    short: Fault,
+    proxy: Proxy,
+    remote: storage.Store,
+) -> None:
+    """Where the store keeps no checksum, the number of bytes is what tells."""
+    (entry,) = remote.list()
+    left = iter([short] * 3)
+
+    def chosen(request: Request, _number: int) -> Fault | None:
+        if "modeling.py" not in request.path:
+            return None
+        return faults.hide_checksum if request.method == "HEAD" else next(left, None)
+
+    proxy.chosen = chosen
+
+    if read == "file":
+        assert storage.read_file(remote, entry) == CODE
+    else:
+        assert storage.read_range(remote, entry, 6, 60) == CODE[6:60]
+    assert next(left, None) is None
+
+
+def test_an_answer_that_is_short_each_time_ends_with_an_error(
+    proxy: Proxy,
+    remote: storage.Store,
+) -> None:
+    """A later start may succeed."""
+    (entry,) = remote.list()
+    spoil_answers(proxy, "GET", faults.shorten, 100)
+
+    with pytest.raises(errors.StoreError, match=r"broke off after 27 of 54 bytes|transfer failed"):
+        storage.read_range(remote, entry, 6, 60)
+
+    assert proxy.hurt == 6
+
+
+def test_a_proxy_that_ignores_ranges_is_noticed(
+    proxy: Proxy,
+    remote: storage.Store,
+) -> None:
+    """The whole file is not collected in memory for the sake of 8 bytes."""
+    (entry,) = remote.list()
+    spoil_answers(proxy, "GET", faults.ignore_range, 3)
+
+    assert storage.read_range(remote, entry, 0, 8) == CODE[:8]
+    assert proxy.hurt == 3
+
+
+class Answering(storage.Folder):
+    """A store that keeps no checksum, and answers with `blocks` whatever it is asked for."""
+
+    def __init__(self, root: Path, blocks: list[bytes]) -> None:
+        super().__init__(root)
+        self.left = iter(blocks)
+
+    def stream(self, _entry: storage.Entry, _start: int, _stop: int) -> Iterator[bytes]:
+        return self.left
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("blocks", "message", "unread"),
+    [
+        ([b"x"], "broke off after 1 of 5 bytes", 0),
+        ([b"xxx"] * 99, "more bytes arrived than the 5 requested", 93),
+    ],
+    ids=["short", "long"],
+)
+def test_of_a_wrong_number_of_bytes_nothing_is_kept(
+    blocks: list[bytes], message: str, unread: int, tmp_path: Path
+) -> None:
+    """Whatever the store is; and no more is read than shows that it is wrong."""
+    (tmp_path / "modeling.py").write_bytes(b"x = 1")
+    store = Answering(tmp_path, blocks)
+    (entry,) = store.list()
+
+    with pytest.raises(errors.DamagedError):
+        storage.read_file(store, entry)
+    assert len(list(store.left)) == unread
+
+    store.left = iter(blocks * 3)
+    with pytest.raises(errors.DamagedError):
+        storage.read_range(store, entry, 0, 5)
+    store.left = iter(blocks)
+    with pytest.raises(errors.DamagedError, match=message):
+        directory._receive_range(store, entry, 0, 5)
+
+
+def test_an_empty_file_is_not_requested(proxy: Proxy, remote: storage.Store) -> None:
+    """HTTP has no range without a byte; some stores refuse what is sent in its place."""
+    remote.put("__init__.py", b"")
+    (entry, _) = remote.list()
+    count = proxy.count
+
+    assert storage.read_file(remote, entry) == b""
+    assert storage.read_range(remote, entry, 0, 0) == b""
+    assert proxy.count == count
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it has 0 bytes"),
+        (b"short", "it has 5 bytes"),
+        (b"\xff" * 8 + b"{}", "its header would have 18446744073709551615 bytes, the file has 10"),
+        ((9).to_bytes(8, "little") + b"{}", "its header would have 9 bytes, the file has 10"),
+    ],
+)
+def test_a_weight_file_that_cannot_hold_its_header_is_an_error_for_good(
+    content: bytes, message: str, base: Path
+) -> None:
+    """It is not mistaken for a transfer that broke off, and nothing is read in vain."""
+    (base / "model.safetensors").write_bytes(content)
+    found = look.base(base.as_uri())
+
+    with pytest.raises(errors.ModelError, match=rf"is no safetensors file \({message}\)"):
+        kinds._tensors(found)

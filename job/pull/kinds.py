@@ -15,6 +15,7 @@ from job.pull.look import PICKLED, WEIGHTS, Found
 
 _ASIDE = ("quantize_config.json", "quant_config.json")  # where AutoGPTQ and AutoAWQ first told what they did
 _CODE = re.compile(r"[^/]+\.py")
+_LENGTH = 8  # bytes at the start of a safetensors file: the length of its header
 _HEADER = 100_000_000  # bytes: safetensors takes no more
 
 
@@ -107,8 +108,7 @@ def _tensors(found: Found) -> dict[str, tuple[str, list[int]]]:
     for entry in found.entries:
         if entry.key.endswith(".safetensors"):
             try:
-                size = int.from_bytes(storage.read_range(found.source, entry, 0, 8), "little")
-                header = json.loads(storage.read_range(found.source, entry, 8, 8 + min(size, _HEADER, entry.size - 8)))
+                header = json.loads(_read_header(found.source, entry))
                 header.pop("__metadata__", None)
                 tensors |= {name: (told["dtype"], told["shape"]) for name, told in header.items()}
             except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -116,6 +116,16 @@ def _tensors(found: Found) -> dict[str, tuple[str, list[int]]]:
                     f"model.base: {found.source.url}/{entry.key} is no safetensors file ({e}): upload it again"
                 ) from e
     return tensors
+
+
+def _read_header(source: storage.Source, entry: storage.Entry) -> bytes:
+    """Return the header of a safetensors file; raises `ValueError` if the file has none."""
+    if entry.size < _LENGTH:
+        raise ValueError(f"it has {entry.size} bytes")
+    size = int.from_bytes(storage.read_range(source, entry, 0, _LENGTH), "little")
+    if size > min(_HEADER, entry.size - _LENGTH):
+        raise ValueError(f"its header would have {size} bytes, the file has {entry.size}")
+    return storage.read_range(source, entry, _LENGTH, _LENGTH + size)
 
 
 def _context(told: Mapping[str, Any]) -> int | None:

@@ -5,7 +5,7 @@ from urllib.parse import unquote
 
 from job import errors
 from job.storage.conditions import checked
-from job.storage.directory import read_file, read_range, remove, sealed
+from job.storage.directory import is_void, read_file, read_range, remove, sealed
 from job.storage.download import fetch, here, pull
 from job.storage.evict import make_room, on_disk
 from job.storage.folder import Folder
@@ -24,6 +24,7 @@ __all__ = [
     "connect",
     "fetch",
     "here",
+    "is_void",
     "make_room",
     "on_disk",
     "pull",
