@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ class Hub(BaseHTTPRequestHandler):
     data: Path
     damaged = ""
     hurts: ClassVar[list[str]] = []
+    listings = 0
 
     def do_GET(self) -> None:
         self._answer()
@@ -46,6 +48,7 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/org/tiny"):
+            type(self).listings += 1
             self._send(json.dumps(self._info(self.folder)).encode(), {"Content-Type": "application/json"})
         elif path.startswith("/api/datasets/org/data"):
             self._send(json.dumps(self._info(self.data)).encode(), {"Content-Type": "application/json"})
@@ -116,7 +119,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tiny_model: Path) -> Iterator[dict[str, str]]:
     """A running Hub; returns the environment that makes the job use it."""
-    Hub.folder, Hub.damaged, Hub.hurts = tiny_model, "", []
+    Hub.folder, Hub.damaged, Hub.hurts, Hub.listings = tiny_model, "", [], 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
@@ -228,6 +231,26 @@ def test_a_small_file_that_trickles_is_asked_for_again(hub: dict[str, str]) -> N
     assert outcome.returncode == 0, outcome.stderr
     assert json.loads(outcome.stdout) == json.loads((Hub.folder / "config.json").read_text())
     assert "bytes arrived in 1 s; trying again" in outcome.stderr
+
+
+def test_a_sealed_base_on_the_hub_is_read_at_one_commit(
+    hub: dict[str, str],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """A second listing could find a branch that has moved, and read the manifest of other files."""
+    Hub.folder = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (Hub.folder / "training.json").write_text(json.dumps({"inputs": {}}))
+    manifest.seal(Hub.folder)
+    program = (
+        "from job.pull import look, verified; found = look.base('hf://org/tiny@main');"
+        "print(*verified.read_sealed(found, {'config.json'}, 'model.base'))"
+    )
+
+    outcome = run_program(program, hub)
+
+    assert outcome.stdout.strip() == "config.json", outcome.stderr
+    assert Hub.listings == 1
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from pathlib import Path
 import faults
 import pytest
 from conftest import S3
-from faults import Fault, Proxy, Request
+from faults import Fault, Forward, Proxy, Request
 
 from job import config, errors, manifest, paths, pull, storage
 from job.model import footprint
-from job.pull import kinds, look
+from job.pull import kinds, look, verified
 from job.storage import directory, patience
 from job.storage.checksum import Expected
 
@@ -151,7 +151,7 @@ def test_a_file_that_is_too_large_for_code_or_a_config_is_not_read(
     """The message names the file, its size and the limit."""
     (base / name).write_bytes(b" " * 4_100_000)
 
-    told = rf"{name} has 4\.1 MB, more than the 4\.0 MB that a config or code may have"
+    told = rf"{name} has 4\.1 MB, more than the 4\.0 MB that such a file may have"
     with pytest.raises(errors.ModelError, match=told):
         size_up()
 
@@ -343,6 +343,138 @@ def test_an_empty_file_is_not_requested(proxy: Proxy, remote: storage.Store) -> 
     assert storage.read_file(remote, entry) == b""
     assert storage.read_range(remote, entry, 0, 0) == b""
     assert proxy.count == count
+
+
+def publish_anew(base: Path) -> None:
+    """Put another version into `base`, as a run does that was restarted."""
+    append_code(base)
+    (base / "helpers.py").write_text("pass")
+    manifest.seal(base)
+
+
+def test_a_base_that_is_replaced_while_it_is_read_is_read_again_by_the_next_start(
+    base: Path, proxy: Proxy, s3_server: S3, bucket: str
+) -> None:
+    """The manifest of the new version does not judge files of the old one: the status is 1."""
+    s3_server.upload(base, bucket, "base")
+    found = look.base(f"s3://{bucket}/base")
+
+    def replace(request: Request, forward: Forward) -> None:
+        forward(request)
+        proxy.chosen = lambda _request, _number: None
+        publish_anew(base)
+        s3_server.upload(base, bucket, "base")
+
+    def chosen(request: Request, _number: int) -> Fault | None:
+        last = request.method == "GET" and paths.TRAINING in request.path
+        return replace if last else None
+
+    proxy.chosen = chosen
+
+    with pytest.raises(errors.ChangedError) as caught:
+        verified.read_sealed(found, {"config.json", "modeling_mine.py"}, "model.base")
+
+    assert proxy.hurt == 1
+    assert caught.value.status == 1
+
+
+class Torn(storage.Folder):
+    """A store whose first listing has the files of one moment, and the manifest of a later one."""
+
+    calls = 0
+
+    def list(self, prefix: str = "") -> list[storage.Entry]:
+        self.calls += 1
+        listed = super().list(prefix)
+        if self.calls > 1:
+            return listed
+        (self.root / "helpers.py").write_text("pass")
+        manifest.seal(self.root)
+        later = [entry for entry in super().list(prefix) if entry.key == manifest.NAME]
+        return [*(entry for entry in listed if entry.key != manifest.NAME), *later]
+
+
+@pytest.mark.parametrize("when", ["sized up", "pulled"])
+def test_a_listing_of_two_versions_is_no_fault_of_the_base(
+    when: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is in the manifest and not in the listing came meanwhile: the status is 1."""
+    monkeypatch.setattr(storage, "source", lambda _url: Torn(base))
+    url, cache = base.as_uri(), paths.Cache(tmp_path / "cache", "run")
+    reads: dict[str, Callable[[], object]] = {
+        "sized up": lambda: verified.read_sealed(look.base(url), {"config.json"}, "model.base"),
+        "pulled": lambda: pull.base(url, cache),
+    }
+
+    with pytest.raises(errors.ChangedError, match="was changed while it was read: start again"):
+        reads[when]()
+
+
+def test_a_base_that_is_being_replaced_is_waited_for(
+    base: Path,
+    size_up: Sizing,
+    marker: Path,
+) -> None:
+    """What stands in place of its manifest meanwhile is no damage: the status is 1."""
+    (base / manifest.NAME).write_bytes(directory.void())
+
+    with pytest.raises(errors.ChangedError, match="is being replaced: start again when that"):
+        size_up()
+
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"[1]", b"\xff", b'{"files": {"../x": {"size": 1, "sha256": ""}}}'],
+)
+def test_a_manifest_that_is_damaged_where_it_is_stored_is_an_error_for_good(
+    damage: bytes, base: Path, size_up: Sizing, marker: Path
+) -> None:
+    """Each start would find the same; the message says how to mend it."""
+    (base / manifest.NAME).write_bytes(damage)
+
+    message = f"has a damaged manifest.json: {verified.REBUILD}"
+    with pytest.raises(errors.ModelError, match=message):
+        size_up()
+
+    assert not marker.exists()
+
+
+class DamagingOnce(storage.Folder):
+    """A store that keeps no checksum, and damages the first manifest that it sends."""
+
+    damaged = False
+
+    def stream(self, entry: storage.Entry, start: int, stop: int) -> Iterator[bytes | memoryview]:
+        if entry.key == manifest.NAME and not self.damaged:
+            self.damaged = True
+            return iter([b"x" * entry.size])
+        return super().stream(entry, start, stop)
+
+
+def test_a_manifest_that_arrives_damaged_is_read_again(
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also from a store that keeps no checksum of it."""
+    store = DamagingOnce(base)
+    monkeypatch.setattr(storage, "source", lambda _url: store)
+
+    content = verified.read_sealed(look.base(base.as_uri()), {"config.json"}, "model.base")
+
+    assert content == {"config.json": (base / "config.json").read_bytes()}
+    assert store.damaged
+
+
+def test_a_manifest_has_a_limit_of_size(base: Path, size_up: Sizing, marker: Path) -> None:
+    """It is no larger than other small files that are read into memory."""
+    (base / manifest.NAME).write_bytes(b" " * 4_100_000)
+
+    with pytest.raises(errors.ModelError, match=r"manifest\.json has 4\.1 MB, more than the"):
+        size_up()
+
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(

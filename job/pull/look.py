@@ -23,6 +23,13 @@ class Found:
 
     source: storage.Source
     entries: Sequence[storage.Entry]
+    listed: Sequence[storage.Entry] = ()
+    """Of a base or an adapter: all files directly at the URL, as one listing had them."""
+
+    @property
+    def seal(self) -> storage.Entry | None:
+        """The manifest in the same listing as the files; None if there was none."""
+        return next((entry for entry in self.listed if entry.key == manifest.NAME), None)
 
     @property
     def name(self) -> str:
@@ -39,10 +46,15 @@ class Found:
         return paths.digest(json.dumps([self.source.url, listing]))
 
 
+def list_top(source: storage.Source) -> list[storage.Entry]:
+    """Return the files directly at the source's URL, without those in folders."""
+    return [entry for entry in source.list() if "/" not in entry.key]
+
+
 def adapter(url: str) -> Found:
     """The files of the adapter at `url`; raises `errors.ModelError` if there is none."""
     source = storage.source(url)
-    entries = [e for e in source.list() if "/" not in e.key]
+    entries = list_top(source)
     names = {e.key for e in entries}
     weights = {"adapter_model.safetensors", "adapter_model.bin"} & names
     if "adapter_config.json" not in names or not weights:
@@ -57,13 +69,14 @@ def adapter(url: str) -> Found:
         )
     wanted = {"adapter_config.json", max(weights)}  # safetensors, if there are both
     kept = [e for e in entries if e.key in wanted or not WEIGHTS.search(e.key)]
-    return Found(source, [e for e in kept if e.key != manifest.NAME])
+    return Found(source, [e for e in kept if e.key != manifest.NAME], entries)
 
 
 def base(url: str) -> Found:
     """The files of the base model that are needed; raises `errors.ModelError` if it is no model, or not whole."""
     source = storage.source(url)
-    entries = [e for e in source.list() if e.key != manifest.NAME]
+    everything = source.list()
+    entries = [e for e in everything if e.key != manifest.NAME]
     if not entries:
         raise errors.NotFoundError(
             f"model.base: {source.url} holds no files: correct the URL, or upload the model there"
@@ -87,7 +100,7 @@ def base(url: str) -> Found:
             f"{source.url}: not needed and left there: {_some(ignored)}",
             files=ignored,
         )
-    return Found(source, wanted)
+    return Found(source, wanted, [e for e in everything if "/" not in e.key])
 
 
 def _some(names: Sequence[str]) -> str:

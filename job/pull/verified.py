@@ -1,10 +1,11 @@
 """Small files that are read before the rest is downloaded, checked as the download checks them."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from job import errors, inputs, log, manifest, paths, storage
 from job.manifest import Manifest
+from job.pull import look
 from job.pull.look import Found
 
 REBUILD = "start again what made it; if it was changed on purpose, remove its training.json"
@@ -17,29 +18,35 @@ def read_file(found: Found, name: str) -> bytes:
     Raises `errors.ModelError` if it is too large for a config or for code.
     """
     entry = next(entry for entry in found.entries if entry.key == name)
-    if entry.size > _LIMIT:
-        raise errors.ModelError(
-            f"model.base: {found.source.url}/{name} has {log.size(entry.size)}, more than the "
-            f"{log.size(_LIMIT)} that a config or code may have: upload the right {name}"
-        )
-    return storage.read_file(found.source, entry)
+    return _read_entry(found, entry, "model.base")
 
 
 def read_manifest(found: Found, facts: Mapping[str, Any], what: str) -> Manifest | None:
     """Return the manifest that a run or a merge sealed `found` with; None if it was made elsewhere.
 
-    `facts` are those of its training.json. Raises `errors.ModelError` if the manifest is missing,
-    for it is written last.
+    It is the one that was listed together with the files, so that a manifest of other files never
+    judges these. `facts` are those of its training.json. Raises `errors.ModelError` if the manifest
+    is missing, for it is written last, or damaged where it is stored, and `errors.ChangedError` if
+    the files are being replaced.
     """
     if not {"inputs", "made_of"} & facts.keys():
         return None  # others call other things a manifest
+    if found.seal is None:
+        raise_unsealed(found, f"has no {manifest.NAME}, so it is not whole", what)
     url = found.source.url
-    seal = next((entry for entry in found.source.list() if entry.key == manifest.NAME), None)
-    if seal is None:
-        lacks = f"{what}: {url} has no {manifest.NAME}, so it is not whole"
-        raise errors.ModelError(f"{lacks}: {REBUILD}")
-    sealed = storage.read_range(found.source, seal, 0, seal.size)
-    return manifest.parse(sealed, f"{url}/{manifest.NAME}")
+    sealed = _read_entry(found, found.seal, what)
+    if storage.is_void(sealed):
+        raise errors.ChangedError(
+            f"{what}: {url} is being replaced: start again when that has ended; if it was given "
+            "up, start again what made it"
+        )
+    try:
+        return manifest.parse(sealed, f"{url}/{manifest.NAME}")
+    except errors.DamagedError:
+        again = _read_entry(found, found.seal, what)  # some stores keep no checksum
+        if again != sealed:
+            return manifest.parse(again, f"{url}/{manifest.NAME}")
+        raise_unsealed(found, f"has a damaged {manifest.NAME}", what)
 
 
 def read_sealed(found: Found, names: Collection[str], what: str) -> dict[str, bytes]:
@@ -66,7 +73,28 @@ def read_sealed(found: Found, names: Collection[str], what: str) -> dict[str, by
 
 
 def raise_changed(found: Found, changed: Collection[str], what: str) -> None:
-    """Raise `errors.ModelError` if any files are `changed` since they were sealed."""
+    """Raise what `raise_unsealed` does if any files are `changed` since they were sealed."""
     if changed:
-        differs = f"{found.source.url} is not what its {manifest.NAME} says, such as {min(changed)}"
-        raise errors.ModelError(f"{what}: {differs}: {REBUILD}")
+        fault = f"is not what its {manifest.NAME} says, such as {min(changed)}"
+        raise_unsealed(found, fault, what)
+
+
+def raise_unsealed(found: Found, fault: str, what: str) -> NoReturn:
+    """Raise `errors.ModelError` with the `fault` for which `found` is not what was sealed.
+
+    Raises `errors.ChangedError` if it was replaced meanwhile. A listing is not made in one moment,
+    so files of one version can stand in it beside the manifest of another.
+    """
+    url = found.source.url
+    if look.list_top(found.source) != list(found.listed):
+        raise errors.ChangedError(f"{what}: {url} was changed while it was read: start again")
+    raise errors.ModelError(f"{what}: {url} {fault}: {REBUILD}")
+
+
+def _read_entry(found: Found, entry: storage.Entry, what: str) -> bytes:
+    if entry.size > _LIMIT:
+        raise errors.ModelError(
+            f"{what}: {found.source.url}/{entry.key} has {log.size(entry.size)}, more than the "
+            f"{log.size(_LIMIT)} that such a file may have: upload the right {entry.key}"
+        )
+    return storage.read_file(found.source, entry)
