@@ -1,6 +1,7 @@
 """Which training steps are safe: what is kept, what is skipped, what is forgotten, and what comes back."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,30 @@ def step(made: states.Loop, seed: int) -> None:
     made.optimizer.zero_grad()
     made.network(torch.randn(4, 64)).square().mean().backward()
     made.optimizer.step()
+    made.scheduler.step()  # type: ignore[attr-defined]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledLoop(states.Loop):
+    """A loop with torch's scaler: accelerate makes one on a GPU only, but it works on a CPU too."""
+
+    scaler: torch.amp.GradScaler
+
+
+def scaled_loop() -> ScaledLoop:
+    plain = loop(torch.optim.AdamW)
+    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    return ScaledLoop(plain.network, plain.optimizer, plain.scheduler, scaler)
+
+
+def step_scaled(made: ScaledLoop, seed: int, factor: float = 1.0) -> None:
+    """Do a step whose loss is multiplied by `factor`; the scaler skips an infinite one."""
+    torch.manual_seed(seed)
+    made.optimizer.zero_grad()
+    loss = made.network(torch.randn(4, 64)).square().mean() * factor
+    made.scaler.scale(loss).backward()
+    made.scaler.step(made.optimizer)
+    made.scaler.update()
     made.scheduler.step()  # type: ignore[attr-defined]
 
 
@@ -77,6 +102,29 @@ def test_training_goes_on_bitwise_where_it_stopped(
 
     assert all(map(torch.equal, resumed.network.parameters(), whole.network.parameters()))
     assert resumed.scheduler.state_dict()["last_epoch"] == 4
+
+
+def test_the_loss_scale_of_float16_comes_back(
+    checkpoints: Callable[..., checkpoint.Checkpoints],
+) -> None:
+    """The halved scale and the count of good steps: the resumed scaler grows at the same step."""
+    stopped, resumed = scaled_loop(), scaled_loop()
+    before = stopped.scaler.state_dict()
+    for seed, factor in enumerate((1.0, math.inf, 1.0, 1.0)):
+        step_scaled(stopped, seed, factor)
+    expected = {**before, "scale": before["scale"] / 2, "_growth_tracker": 2}
+    checkpoints().save(states.capture(4, stopped, "{}", {}), None)
+
+    found = checkpoints(attempt=2).latest()
+    assert found
+    states.restore_adapter(found.path, resumed.network)
+    states.restore_optimizer(found.path, resumed)
+
+    assert resumed.scaler.state_dict() == expected
+    for each in (stopped, resumed):
+        step_scaled(each, 4)  # the third good step in a row
+    assert resumed.scaler.state_dict() == {**before, "_growth_tracker": 0}
+    assert all(map(torch.equal, resumed.network.parameters(), stopped.network.parameters()))
 
 
 def test_a_checkpoint_holds_no_pickle(checkpoints: Callable[..., checkpoint.Checkpoints], store: storage.Store) -> None:
