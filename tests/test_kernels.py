@@ -352,10 +352,11 @@ def test_the_kernels_compute_the_loss_of_full_logits(gpu_environ: dict[str, str]
 
     lines = drivers.run_script("interpret_loss_kernels.py", environ=environ)
 
+    dtypes = ("float32", "float16", "bfloat16")
     assert {(line["method"], line["dtype"]) for line in lines} == {
-        (method, f"torch.{dtype}") for method in ("sft", "dpo") for dtype in ("float32", "bfloat16")
+        (method, f"torch.{dtype}") for method in ("sft", "dpo") for dtype in dtypes
     }
-    assert len(lines) == 13
+    assert len(lines) == 19
     assert not any(line["ignored"] for line in lines)  # gradients of tokens that are not learned
     wrong = [line for line in lines if max(line["errors"].values()) > line["tolerance"]]
     assert not wrong, json.dumps(wrong, indent=1)
