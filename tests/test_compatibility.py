@@ -1,6 +1,7 @@
 """GPUs and drivers that the installed libraries cannot use are refused before anything is downloaded."""
 
 import importlib.util
+import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +44,39 @@ def check(cards: int = 1, environ: dict[str, str] | None = None, **sections: dic
 def test_a_library_tells_which_gpus_it_was_built_for(version: str, expected: frozenset[tuple[int, int]]) -> None:
     """As bitsandbytes' build script lists them for each CUDA version; without loading it."""
     assert read_code(BITSANDBYTES / f"libbitsandbytes_cuda{version}.so") == Code(expected, frozenset())
+
+
+def write_library(path: Path, binaries: list[list[tuple[int, int]]]) -> None:
+    """Write an ELF file with fat binaries, each with images of these kinds and architectures."""
+    code = b""
+    for images in binaries:
+        body = b""
+        for kind, architecture in images:
+            body += struct.pack("<HHIQIIHHI", kind, 0, 32, 8, 0, 0, 0, 0, architecture) + bytes(8)
+        code += struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body + bytes(4)  # aligned
+    names = b"\0.nv_fatbin\0.shstrtab\0"
+    table = 64 + len(code) + len(names)
+    header = b"\x7fELF\x02".ljust(0x28, b"\0") + struct.pack("<Q", table)
+    header = header.ljust(0x3A, b"\0") + struct.pack("<HHH", 64, 3, 2)
+    places = [(0, 0, 0), (1, 64, len(code)), (12, 64 + len(code), len(names))]
+    sections = b""
+    for name, start, size in places:
+        entry = struct.pack("<I", name).ljust(0x18, b"\0") + struct.pack("<QQ", start, size)
+        sections += entry.ljust(64, b"\0")
+    path.write_bytes(header + code + names + sections)
+
+
+def test_an_architecture_counts_from_half_of_the_fat_binaries_on(tmp_path: Path) -> None:
+    """Kernels for features of a single GPU, however many, do not make a library run on it."""
+    ptx, cubin = 1, 2
+    everywhere = [(cubin, 75), (cubin, 90), (ptx, 90)]
+    half, minority = [*everywhere, (cubin, 120)], [*everywhere, *[(cubin, 100)] * 5, (ptx, 100)]
+    write_library(tmp_path / "library.so", [half, everywhere, minority, half])
+
+    code = read_code(tmp_path / "library.so")
+
+    assert code == Code(frozenset({(7, 5), (9, 0), (12, 0)}), frozenset({(9, 0)}))
+    assert str(code) == "7.5, 9.0, 12.0, 9.0 and newer"
 
 
 def test_a_library_without_gpu_code_tells_nothing() -> None:

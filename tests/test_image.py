@@ -244,6 +244,29 @@ def test_deepspeed_has_nothing_to_compile_on_a_gpu(image: Image) -> None:
     assert said.stdout.splitlines()[-1:] == ["CUDA_Accelerator None"], said.stdout + said.stderr
 
 
+def test_what_nccl_opens_for_infiniband_is_there(image: Image) -> None:
+    """The verbs library loads, and so does a provider for each driver that it is told of.
+
+    NCCL opens it by that name, and it opens the provider of each device. Where one of them is
+    missing there is no InfiniBand, and NCCL says so only in its log.
+    """
+    asks = (
+        "import ctypes, pathlib; ctypes.CDLL('libibverbs.so.1'); "
+        "paths = sorted(pathlib.Path('/usr/lib').glob('*/libibverbs/lib*-rdmav*.so')); "
+        "[ctypes.CDLL(str(path)) for path in paths]; "
+        "print(*(path.name[3:].rpartition('-')[0] for path in paths)); "
+        "print(*(path.read_text() for path in pathlib.Path('/etc/libibverbs.d').iterdir()))"
+    )
+
+    said = image.run("--entrypoint=python", told=("-c", asks))
+
+    assert said.returncode == 0, said.stderr
+    loaded, _, told = said.stdout.partition("\n")
+    wanted = set(re.findall(r"^ *driver (\S+)$", told, re.MULTILINE))
+    assert {"mlx5", "efa"} <= wanted  # ConnectX, and AWS
+    assert wanted <= set(loaded.split())
+
+
 def test_every_module_starts_from_bytecode(image: Image) -> None:
     """A read-only start could not keep what it compiles, so it lies there, and no time of a file matters."""
     with image.mounted() as root:
