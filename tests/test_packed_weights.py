@@ -108,7 +108,7 @@ def test_every_pattern_that_a_float_copy_rewrites_is_found(dtype: torch.dtype, m
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_copies_bytes_as_they_are() -> None:
-    """And the kernel that FSDP2 uses is the one that rewrites bfloat16: else this module has no reason."""
+    """As bytes and as float32; how many patterns of bfloat16 change is recorded by gpu-check."""
     gpu = torch.device("cuda")
 
     assert packed_weights.find_changed_patterns(torch.uint8, gpu) == 0
