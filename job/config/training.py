@@ -46,7 +46,8 @@ class Train(Section):
     """Paged optimizer states move to host memory under pressure, so that a long example is no out-of-memory error."""
     gradient_checkpointing: bool = True
     deterministic: bool = True
-    """Use only kernels that give the same bits each time, so that a resumed run ends with the same weights on a GPU."""
+    """Use only kernels that give the same bits each time, so that a resumed run ends with the same
+    weights on a GPU too; not run on a GPU yet."""
     log_every: Annotated[int, Field(ge=1)] = 10
     eval_every: Annotated[int, Field(ge=1)] = 100
     keep_best: bool = True
