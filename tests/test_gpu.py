@@ -1,6 +1,10 @@
-"""What only a GPU can show: its kernels, its paged memory, and a stopped run that ends in the same bits there too."""
+"""What only a GPU can show: kernels, paged memory, and a stopped run that ends in the same bits.
+
+Without a GPU only the tests run of the examples that those runs learn from.
+"""
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,16 +12,30 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import tiny_config
+from datasets import Dataset
 from test_elastic import EXACT, LOSS, STEPS, adapter, go, losses
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from job.checkpoint import state
+from job.train.order import Order
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+MICRO_BATCH = 4  # with one there would be nothing to pad
+SHARES = (1.0, 0.6, 0.4, 0.7, 0.3)
+"""Lengths of the examples as shares of max_length: one fills a packed sequence, or two do."""
+WORDS = ["and", "is", "It", *map(str, range(15))]
+"""After a space each is one token of the tiny tokenizer."""
+FRAME = 23  # tokens of the template, three digits and a question mark
+TRAIN, EVAL = range(195), range(900, 915)  # the questions of the examples
 QLORA = {
     **EXACT,
-    "train": {**EXACT["train"], "optimizer": "paged_adamw_8bit", "gradient_checkpointing": True},
+    "train": {
+        **EXACT["train"],
+        "optimizer": "paged_adamw_8bit",
+        "gradient_checkpointing": True,
+        "micro_batch_size": MICRO_BATCH,
+    },
     "lora": {"r": 1024, "dropout": 0.05},  # so wide that the optimizer's state of some layers is paged
     "model": {"quantization": "nf4", "double_quant": True, "compute_dtype": "bfloat16"},
 }
@@ -41,24 +59,66 @@ def run(
 ) -> Path:
     """Start a run with QLoRA's settings, stop it after some steps, and start it again.
 
-    Its examples have up to `tokens` tokens, half of them a third of that.
+    With `tokens` it learns from examples of up to so many, else from those of the tiny run.
     """
     folder.mkdir()
-    data: dict[str, object] = {"max_length": tokens, "packing": packing, "leaks": "allow"}
+    data: dict[str, object] = {"max_length": tokens, "packing": packing}
     made = tiny_config(folder, model, **QLORA, **({"data": data} if tokens else {}))
     if tokens:
-        for split, count in (("train", 192), ("eval", 16)):
-            records = (
-                {"instruction": f"{number}?", "output": f"{number} " * (tokens // (3 if number % 2 else 1))}
-                for number in range(count)
-            )
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            (folder / f"{split}.jsonl").write_text(lines)
+        write_examples(folder / "train.jsonl", TRAIN, tokens)
+        write_examples(folder / "eval.jsonl", EVAL, tokens)
     for stop in stops:
         go(made, (1, strategy), stop)
     return made
 
 
+def write_examples(path: Path, numbers: range, tokens: int) -> None:
+    """Write an example for each number, whose lengths are the shares of `tokens`, in turns."""
+    lines = []
+    for number, length in zip(numbers, lengths_of(len(numbers), tokens), strict=True):
+        answer = " ".join(random.Random(number).choices(WORDS, k=length - FRAME - 1))
+        record = {"instruction": f"{number:03}?", "output": f"is {answer}"}
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
+
+
+def lengths_of(count: int, tokens: int) -> list[int]:
+    """Return the number of tokens of each example."""
+    return [int(SHARES[number % len(SHARES)] * tokens) for number in range(count)]
+
+
+def check_layout(prepared: Path, tokens: int, *, packing: bool) -> None:
+    """Assert that no example was cut, and that packing or padding have something to do."""
+    rows = Dataset.from_file(str(prepared / "train.arrow"))
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    if packing:
+        examples = [length for row in rows["seq_lengths"] for length in row]
+        assert sum(len(row) >= 2 for row in rows["seq_lengths"]) > len(rows) / 2
+        assert max(lengths) == tokens
+    else:
+        examples = lengths
+        order = list(Order(len(rows), len(rows), seed=42))
+        batches = [order[at : at + MICRO_BATCH] for at in range(0, len(order), MICRO_BATCH)]
+        padded = sum(len({lengths[index] for index in batch}) > 1 for batch in batches)
+        assert padded > 0.9 * len(batches)
+    assert sorted(examples) == sorted(lengths_of(len(examples), tokens))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("tokens", [512, 2048])
+def test_the_examples_for_a_gpu_are_as_long_as_they_say(
+    tokens: int, layout: str, prepared: Callable[..., Path], long_model: Path, tmp_path: Path
+) -> None:
+    """None is cut, most batches have padding, and most packed sequences hold several examples."""
+    path, packing = tmp_path / "train.jsonl", layout == "packed"
+    write_examples(path, TRAIN, tokens)
+
+    data = prepared(path, model=long_model, max_length=tokens, packing=packing)
+
+    check_layout(data, tokens, packing=packing)
+
+
+@needs_gpu
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("tokens", [512, 2048])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -75,12 +135,16 @@ def test_qlora_ends_in_the_same_bits_however_often_it_was_stopped(
     stopped = run(tmp_path / "stopped", long_model, strategy, [7, 13, STEPS], **how)
 
     assert losses(whole) == losses(stopped)
+    for made in (whole, stopped):
+        (data,) = (made.parent / "cache").glob("**/train.arrow")
+        check_layout(data.parent, tokens, packing=layout == "packed")
     one, other = adapter(whole), adapter(stopped)
     assert all(torch.equal(one[name], other[name]) for name in one)
     first, last = (losses(whole)[step, "eval_loss"] for step in (0, STEPS))
     assert last < first
 
 
+@needs_gpu
 def test_fsdp_on_one_gpu_is_ddp(tiny_model: Path, tmp_path: Path) -> None:
     """What is shared out among one is the whole."""
     ddp, fsdp = (run(tmp_path / strategy, tiny_model, strategy, [STEPS]) for strategy in ("ddp", "fsdp"))
@@ -89,6 +153,7 @@ def test_fsdp_on_one_gpu_is_ddp(tiny_model: Path, tmp_path: Path) -> None:
     assert max(abs(mine[at] - theirs[at]) for at in mine) < 10 * LOSS  # bfloat16
 
 
+@needs_gpu
 def test_a_four_bit_layer_computes_what_its_weights_say() -> None:
     """The kernel and the plain product with the unpacked weights agree, forwards and backwards."""
     torch.manual_seed(0)
@@ -105,6 +170,7 @@ def test_a_four_bit_layer_computes_what_its_weights_say() -> None:
     torch.testing.assert_close(given.grad, same.grad, rtol=2e-2, atol=2e-1)
 
 
+@needs_gpu
 def test_a_restored_optimizer_is_paged_as_a_fresh_one_is(tmp_path: Path) -> None:
     """Else a run that fitted would run out of memory after its first preemption."""
     torch.manual_seed(0)
@@ -130,6 +196,7 @@ def test_a_restored_optimizer_is_paged_as_a_fresh_one_is(tmp_path: Path) -> None
     assert all(torch.equal(mine[what].cpu(), theirs[what].cpu()) for what in ("state1", "state2"))
 
 
+@needs_gpu
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "PagedAdamW8bit"])
 def test_what_is_captured_is_the_state_of_that_moment(optimizer: str) -> None:
     """Although the next step changes it while the copy to the host may still be on its way."""
