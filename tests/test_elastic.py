@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import seeing
 import torch
 from conftest import command, tiny_config
 from safetensors.torch import load_file
+from test_families import random_model
 from test_pairs import as_pairs
 
 STEPS = 20
@@ -179,6 +181,23 @@ def test_images_are_learned_alike_by_any_processes(family: str, tmp_path: Path) 
     base = seeing.base(family, tmp_path / "base")
 
     is_alike(tmp_path, lambda folder: of(folder, base, seeing.records, data={"max_length": 160}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe"])
+def test_a_mixture_of_experts_is_learned_alike_by_any_processes(
+    family: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Under fsdp too its experts are converted and sharded layer by layer, and no process loads it whole."""
+    base = random_model(family, tmp_path / "base")
+    for path in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("*.jinja")):
+        shutil.copy(path, base)
+
+    is_alike(tmp_path, lambda folder: of(folder, base, lambda _: None))
+
+    log = (tmp_path / "changing" / "run" / "attempts" / "1.jsonl").read_text()
+    assert "train.whole" not in log
+    assert share(tmp_path / "changing" / "job.yaml", attempt=1) < 0.6
 
 
 def of(folder: Path, model: Path, write: Callable[[Path], None], **more: dict[str, object]) -> Path:

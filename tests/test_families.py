@@ -39,6 +39,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma": WIDE, "phi": SMALL, "olmo2": SMALL, "granite": SMALL, "cohere": SMALL, "cohere2": SMALL,
     "starcoder2": SMALL, "stablelm": SMALL, "smollm3": SMALL, "ministral": WIDE, "exaone4": SMALL, "ernie4_5": SMALL,
     "nemotron": SMALL, "gpt_neox": SMALL, "qwen2_moe": {**SMALL, **EXPERTS, **SHARED}, "qwen3_moe": {**WIDE, **EXPERTS},
+    "ernie4_5_moe": {**SMALL, "moe_num_experts": 4, "moe_intermediate_size": 32, "moe_k": 2},
     "gpt_oss": {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2}, "minimax": SMALL,
     "qwen3_next": {**WIDE, **EXPERTS, **SHARED, **HYBRID},
     "llama4_text": {**WIDE, "num_local_experts": 2, "intermediate_size_mlp": 96},
@@ -102,6 +103,33 @@ def test_the_adapter_of_a_family_finds_its_layers_learns_and_merges(
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(made)), adapted, rtol=0, atol=1e-3)
     assert {*load_file(made / "model.safetensors")} == {*load_file(base / "model.safetensors")}
     assert (logits(AutoModelForCausalLM.from_pretrained(base)) - adapted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", [*COMMON, *OTHERS])
+def test_a_family_loaded_layer_by_layer_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
+    """Every weight and buffer in its dtype: converted, transposed, tied, and those that stay in float32."""
+    base = random_model(family, tmp_path / "base")
+    for quantization, dtype in (("nf4", "bfloat16"), ("none", "float16")):
+        settings = config.Model(base=base.as_uri(), quantization=quantization, compute_dtype=dtype)
+
+        found = weights.outline(base, settings)
+
+        assert found
+        network, pieces = found
+        assert all(parameter.is_meta for parameter in network.parameters())
+        pieces.fill(network, "")
+        network.tie_weights()
+        loaded, expected = _tensors(network), _tensors(weights.for_training(base, settings))
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert loaded[name].dtype == tensor.dtype, name
+            assert torch.equal(loaded[name], tensor), name
+
+
+def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return all parameters and buffers by name."""
+    parameters = network.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(network.named_buffers(remove_duplicate=False))}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of an adapter for GPT-2 that was trained over 4-bit weights

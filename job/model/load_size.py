@@ -68,7 +68,7 @@ def outline(
     """Build the modules on the meta device, with bitsandbytes' layers where it will quantize."""
     network = pieces.skeleton(model_config, dtype, **kwargs)
     if quantization is not None:
-        pieces.quantize(network, quantization)
+        pieces.quantize(network, quantization, dtype)
     return network
 
 

@@ -6,6 +6,7 @@ the page cache that they share, and no process holds more than a layer that it d
 
 import copy
 import json
+import re
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     dot_natural_key,
     rename_source_key,
 )
-from transformers.modeling_utils import set_zero3_state
+from transformers.modeling_utils import local_torch_dtype, set_zero3_state
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -59,6 +62,11 @@ class Pieces:
         self.base, self._device, self._dtype = base, device, dtype
         self.changed: dict[str, Change] = {}
         """What transformers would make something else of while loading."""
+        self._network: PreTrainedModel | None = None
+        self._conversions: dict[str, str] = {}
+        """For each weight that is made of changed tensors, the target of their conversion."""
+        self._in_float32: re.Pattern[str] | None = None
+        """Names of weights that transformers keeps in float32, whatever the dtype."""
         self._files: dict[str, tuple[Shard, str]] = {}
         for file in map(Shard, weight_files(base)):
             if twice := sorted(file.tensors.keys() & self._files.keys()):
@@ -101,16 +109,26 @@ class Pieces:
             if changed:
                 self.changed[name] = Change(makers[changed], changed, target)
         network._weight_conversions = [each for each in told if each.was_used()]  # type: ignore[assignment]  # noqa: SLF001 - as its loader does
+        self._network = network
+        self._conversions = {
+            name: target
+            for target in {each.target for each in self.changed.values()}
+            for name in self.made(target, network, blank=True)
+        }
+        plan = network._get_dtype_plan(self._dtype)  # noqa: SLF001 - as its loader does
+        if plan:
+            self._in_float32 = build_glob_alternation(list(plan))[0]
 
-    def fit(self, network: nn.Module) -> bool:
-        """Whether every weight of `network` is there under its own name; tied ones may lack.
+    def fit(self, network: PreTrainedModel) -> bool:
+        """Return whether the files hold every weight of `network`, or what it is converted from.
 
-        It is not so for families whose weights transformers converts while loading, and not where tied weights are in
-        the files twice: whether they are the same, transformers finds out.
+        Tied weights may be missing. Where they are stored twice and differ, transformers does not
+        tie them, and `fill` cannot load them.
         """
         own = {name for name, _ in network.named_parameters()}
-        tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - own
-        return own <= self._files.keys() - self.changed and not tied & self._files.keys()
+        loadable = (self._files.keys() - self.changed.keys()) | self._conversions.keys()
+        tied: dict[str, str] = network.all_tied_weights_keys
+        return own <= loadable and all(self.same(name, other) for name, other in tied.items() if name in self._files)
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Load the weights of `module`, which is called `prefix` in the network, as far as they are still missing.
@@ -122,16 +140,27 @@ class Pieces:
             if parameter.requires_grad:
                 made = nn.Parameter(torch.empty_like(parameter, device=self._device))
             else:
-                made = self._loaded(parameter, _plain(f"{prefix}.{name}" if prefix else name))
+                key = _plain(f"{prefix}.{name}" if prefix else name)
+                # bitsandbytes' layers in place of GPT-2's Conv1D have their weights transposed
+                source = getattr(module.get_submodule(owner), "source_cls", nn.Linear)
+                made = self._loaded(parameter, key, transposed=issubclass(source, Conv1D))
             setattr(module.get_submodule(owner), leaf, made)
         for name, buffer in list(module.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             holder, key = module.get_submodule(owner), _plain(f"{prefix}.{name}" if prefix else name)
             kept = key in self._files and leaf not in holder._non_persistent_buffers_set  # noqa: SLF001 - torch tells nowhere else
-            setattr(holder, leaf, (self.read(key).to(buffer.dtype) if kept else buffer).to(self._device))
+            dtype = self._find_dtype(key, buffer)
+            setattr(holder, leaf, (self.read(key).to(dtype) if kept else buffer).to(self._device))
 
-    def _loaded(self, outline: nn.Parameter, key: str) -> nn.Parameter:
-        value = self.read(key).to(self._dtype)
+    def _loaded(self, outline: nn.Parameter, key: str, *, transposed: bool) -> nn.Parameter:
+        dtype = self._find_dtype(key, outline)
+        if key in self._conversions:
+            assert self._network is not None
+            value = self.made(self._conversions[key], self._network, dtype=dtype)[key]
+        else:
+            value = self.read(key).to(dtype)
+        if transposed and isinstance(outline, bnb.nn.Params4bit):
+            value = value.T.contiguous()
         if value.shape != outline.shape:
             raise errors.ModelError(
                 f"model.base: {key} has the shape {list(value.shape)} in its files, and {list(outline.shape)} in the "
@@ -142,15 +171,31 @@ class Pieces:
             return cast("nn.Parameter", made.to(self._device))  # which quantizes it
         return nn.Parameter(value.to(self._device), requires_grad=False)
 
-    def made(self, target: str, network: PreTrainedModel, *, blank: bool = False) -> dict[str, torch.Tensor]:
+    def _find_dtype(self, name: str, outline: torch.Tensor) -> torch.dtype:
+        """Return the dtype that transformers loads the weight or buffer `name` in."""
+        if self._in_float32 and self._in_float32.search(name):
+            return torch.float32
+        # some classes choose a dtype themselves; what is quantized is read in that of activations
+        return self._dtype if isinstance(outline, bnb.nn.Params4bit) else outline.dtype
+
+    def made(
+        self,
+        target: str,
+        network: PreTrainedModel,
+        *,
+        blank: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, torch.Tensor]:
         """What transformers makes of those tensors of which `target` is made, by the names in the `network`.
 
-        Without memory if only names and shapes are asked for.
+        Without memory if only names and shapes are asked for. With `dtype` the tensors are
+        converted to it first, as transformers does when it loads a model.
         """
         parts = sorted((name for name, each in self.changed.items() if each.target == target), key=dot_natural_key)
         rule = copy.deepcopy(self.changed[parts[0]].rule)
         for name in parts:
             value: Any = self.blank(name) if blank else self.read(name)
+            value = value if dtype is None else value.to(dtype)
             rule.add_tensor(target, name, self.changed[name].pattern, value)
         made = rule.convert(target, model=network, config=network.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -195,17 +240,21 @@ def outline(
     with set_zero3_state(), init_empty_weights(include_buffers=False):  # DeepSpeed cannot share out what has no memory
         network: PreTrainedModel = kind(described).from_config(described, dtype=dtype, **how)
     if quantization is not None:
-        quantize(network, quantization)
+        quantize(network, quantization, dtype)
     network.tie_weights()  # which `init_empty_weights` undoes
     network.requires_grad_(requires_grad=False)
     network.eval()  # type: ignore[no-untyped-call]
     return network
 
 
-def quantize(network: PreTrainedModel, how: BitsAndBytesConfig) -> None:
-    """Make layers that are quantized of those of `network`, still without weights, that `how` is about."""
+def quantize(network: PreTrainedModel, how: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+    """Make layers that are quantized of those of `network`, still without weights, that `how` is about.
+
+    Their biases have `dtype`.
+    """
     quantizer = AutoHfQuantizer.from_config(how, pre_quantized=False)
-    quantizer.preprocess_model(model=network, device_map=None)
+    with local_torch_dtype(dtype):  # as its loader does
+        quantizer.preprocess_model(model=network, device_map=None)
     quantizer.postprocess_model(network)
     network.hf_quantizer = quantizer
 

@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.pytorch_utils import Conv1D
 
 from job import config, errors, log
 from job.model import load_size, parts, pieces, prequantized
@@ -86,7 +85,7 @@ def outline(base: Path, settings: config.Model) -> tuple[PreTrainedModel, Pieces
     how = {"attn_implementation": _attention(settings), "trust_remote_code": settings.trust_remote_code}
     found = pieces.outline(described, dtype, _quantization(settings, described, dtype), **how)
     files.call_as(found)
-    if _kept_apart(found) or _turned(found) or not files.fit(found):
+    if not files.fit(found):
         return None
     _keep_plain(_packed(found))
     return found, files
@@ -152,11 +151,6 @@ def _kept_apart(network: PreTrainedModel) -> bool:
     return bool(network._keep_in_fp32_modules or network._keep_in_fp32_modules_strict)  # noqa: SLF001 - transformers' names
 
 
-def _turned(network: PreTrainedModel) -> bool:
-    """Whether quantized layers keep their weights the other way round than the files do, as GPT-2's."""
-    return any(getattr(module, "source_cls", None) is Conv1D for module in network.modules())
-
-
 def _odd(network: PreTrainedModel, files: Pieces) -> list[str]:
     """Names of weights that the files lack, that have no place in the network, or that are not tied after all."""
     tied: dict[str, str] = network.all_tied_weights_keys
@@ -175,7 +169,7 @@ def quantized(described: PretrainedConfig, settings: config.Model, dtype: torch.
     if how is None:
         return frozenset()
     network = pieces.skeleton(described, dtype, trust_remote_code=settings.trust_remote_code)
-    pieces.quantize(network, how)
+    pieces.quantize(network, how, dtype)
     small = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     return frozenset(name for name, module in network.named_modules() if isinstance(module, small))
 
