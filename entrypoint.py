@@ -44,7 +44,9 @@ class Here:
     ends: float | None
     """When the scheduler ends this start, if it says so."""
     offloaded: int = 0
-    """Bytes of the base that each machine of the team keeps in host memory."""
+    """Bytes that each machine of the team keeps in host memory with distributed.offload."""
+    on_gpu: int = 0
+    """Bytes that each GPU of the team needs whatever the examples are."""
 
 
 def story(machine: cli.Machine, *, restart: bool = False) -> None:
@@ -99,7 +101,7 @@ def lead(here: Here, *, restart: bool) -> None:
     if trained:
         here.peers.release()
     else:
-        here.peers.tell(pull=True, offloaded=here.offloaded)
+        here.peers.tell(pull=True, offloaded=here.offloaded, on_gpu=here.on_gpu)
     base = convert.native(pull.base(config.model.base, cache), cache, after)
     if not trained:
         start = inputs.Start(attempt, began, owner.token, attempts.between(store, attempt))
@@ -143,11 +145,12 @@ def ready(here: Here, *, trained: bool = False, helps: bool = False, look: bool 
     if trains and gpus:
         with tempfile.TemporaryDirectory() as folder:
             found.outline(Path(folder), code=config.model.trust_remote_code)
-            plan = launch.plan(config, Path(folder), here.team, cluster.memory(gpus))
+            memory = cluster.memory(gpus[: here.team.processes])
+            plan = launch.plan(config, Path(folder), here.team, memory)
     elif trains:
         plan = launch.Plan(launch.place(config, None, here.team, None))
     pull.preflight(config, here.cache, here.machine.after, found, scratch=plan.scratch, look=look, helps=helps)
-    return dataclasses.replace(here, team=plan.team, offloaded=plan.offloaded)
+    return dataclasses.replace(here, team=plan.team, offloaded=plan.offloaded, on_gpu=plan.on_gpu)
 
 
 def check_training_machine(here: Here) -> None:
@@ -200,6 +203,7 @@ def train(here: Here, owner: "Lease", start: "Start", base: "Base") -> Path:
         peers.address,
         kernel_cache=cache.kernels(),
         deterministic=config.train.deterministic,
+        offload=config.distributed.offload,
     )
     with publish.tidied(store, start.attempt, machine.notice):
         launch.training(machine.command, task, environ, machine.notice, meeting)
@@ -237,8 +241,10 @@ def help_out(here: Here) -> None:
     told = first.hear()
     if "pull" in told:
         check_training_machine(here)
-        # only the first node sizes the model up, but each has its own host memory
+        # only the first node sizes the model up, but each has its own host memory and GPUs
         launch.check_offloaded(told["offloaded"], cluster.free_memory(), cluster.total_memory())
+        gpus = cluster.gpus(machine.environ)[: here.team.processes]
+        launch.check_gpu_memory(told["on_gpu"], cluster.memory(gpus))
         log.phase("pull")
         base = convert.native(pull.base(config.model.base, cache), cache, machine.after)
         told = first.hear()
@@ -264,6 +270,7 @@ def help_out(here: Here) -> None:
             first.address,
             kernel_cache=cache.kernels(),
             deterministic=config.train.deterministic,
+            offload=config.distributed.offload,
         )
         log.event(
             "node.train", f"training as node {here.team.node} of {here.team.nodes}; the first one tells how it goes"

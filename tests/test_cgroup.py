@@ -87,3 +87,53 @@ def test_each_version_is_read_where_it_tells(
 
     assert cgroup.oom_kills(root, told) == kills
     assert cgroup.memory_limit(root, told) == limit
+
+
+CACHED = "anon 300\nfile 600\nactive_file 150\ninactive_file 400\nshmem 50\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "unused"),
+    [
+        ("0::/\n", {"memory.max": "1000\n", "memory.current": "400\n"}, 600),
+        ("0::/\n", {"memory.max": "300\n", "memory.current": "400\n"}, 0),
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "400\n"}, None),
+        (  # a base that was just downloaded: pages of its files can be dropped
+            "0::/\n",
+            {"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": CACHED},
+            650,
+        ),
+        (  # Slurm: the job has a limit, and its step has none
+            "0::/job_7/step_0\n",
+            {
+                "job_7/step_0/memory.max": "max\n",
+                "job_7/step_0/memory.current": "100\n",
+                "job_7/memory.max": "500\n",
+                "job_7/memory.current": "350\n",
+            },
+            150,
+        ),
+        (  # version 1, where the group's own pages are counted beside those of all within it
+            "4:memory:/job_7\n",
+            {
+                "memory/job_7/memory.limit_in_bytes": "2000\n",
+                "memory/job_7/memory.usage_in_bytes": "1900\n",
+                "memory/job_7/memory.stat": "inactive_file 1\ntotal_inactive_file 900\n",
+                "memory/memory.limit_in_bytes": "9223372036854771712\n",
+            },
+            1000,
+        ),
+        ("0::/\n", {}, None),  # outside of any container
+    ],
+)
+def test_memory_that_a_container_can_still_take_excludes_files_that_can_be_dropped(
+    own: str, files: dict[str, str], unused: int | None, tmp_path: Path
+) -> None:
+    """In each version, of the tightest of the groups around this process."""
+    told, root = tmp_path / "cgroup", tmp_path / "fs"
+    told.write_text(own)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+    assert cgroup.unused_memory(root, told) == unused

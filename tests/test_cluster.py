@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pynvml
 import pytest
 import torch
 
 from job import cluster, errors
+from job.cluster import hardware
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -216,23 +218,14 @@ def test_the_driver_tells_as_many_gpus_as_torch_sees() -> None:
     assert (cluster.memory(found) is not None) == (seen > 0)
 
 
-def test_the_memory_is_what_the_container_may_use(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unused", [None, 0, 600, 10**18])
+def test_free_memory_is_what_the_container_leaves(unused: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than the machine has free."""
-    free = cluster.free_memory(tmp_path / "none")
-    (tmp_path / "memory.current").write_text("400")
+    available = psutil.virtual_memory().available
+    monkeypatch.setattr(hardware, "unused_memory", lambda: unused)
 
-    for told, expected in {"max": free, "1000": 600, "300": 0, str(10**18): free}.items():
-        (tmp_path / "memory.max").write_text(f"{told}\n")
-        assert cluster.free_memory(tmp_path / "memory.max") == pytest.approx(expected, rel=0.1)
-
-
-def test_pages_of_files_are_no_memory_that_is_used(tmp_path: Path) -> None:
-    """A model that was just downloaded fills the page cache of its container; the kernel drops it when needed."""
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("900\n")
-    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\nactive_file 150\ninactive_file 400\nshmem 50\n")
-
-    assert cluster.free_memory(tmp_path / "memory.max") == 650
+    expected = unused if unused is not None and unused < available else available
+    assert cluster.free_memory() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("max 100000", None), ("50000 100000", 1), ("9900000 100000", None)])

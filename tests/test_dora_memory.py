@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from job import config
 from job.launch import strategy
-from job.launch.activations import count_dora_matrices
 from job.model import lora, measure, weights
+from job.model.footprint import count_dora_matrices
 
 HIDDEN, WIDE, LAYERS = 128, 448, 3  # as in Llama 3.1, where the MLP is 3.5 times as wide
 
@@ -48,9 +48,11 @@ def autocast() -> Iterator[None]:
         torch.set_autocast_enabled("cuda", enabled=False)
 
 
-def simulate(base: Path, settings: config.Config) -> int:
+def simulate(base: Path, settings: config.Config, *, pairs: bool = False) -> int:
     """Return the peak of live bytes of one micro batch, forward and backward."""
     network = lora.adapted(weights.for_training(base, settings.model), settings.lora)
+    if pairs:
+        lora.without_dropout(network)
     network.train()
     network.config.use_cache = False
     network.enable_input_require_grads()
@@ -60,6 +62,24 @@ def simulate(base: Path, settings: config.Config) -> int:
     with LiveBytes() as live, autocast():
         network(input_ids=tokens, labels=tokens).loss.backward()
     return live.peak
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_dora_without_dropout_keeps_no_weights(base: Path, *, checkpointing: bool) -> None:
+    """Training on pairs, which takes the dropout out, needs what a run without dropout needs."""
+    peaks = []
+    for dropout, pairs in ((0.0, False), (0.05, True), (0.05, False)):
+        settings = shapes.settings(
+            model={"quantization": "nf4", "compute_dtype": "bfloat16"},
+            lora={"dora": True, "dropout": dropout, "r": 4},
+            data={"max_length": 16},
+            train={"gradient_checkpointing": checkpointing},
+        )
+        peaks.append(simulate(base, settings, pairs=pairs))
+
+    without, taken_out, with_dropout = peaks
+    assert taken_out == pytest.approx(without, rel=0.01)
+    assert with_dropout > 1.1 * without
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

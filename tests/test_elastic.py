@@ -184,10 +184,20 @@ def test_images_are_learned_alike_by_any_processes(family: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe"])
-def test_a_mixture_of_experts_is_learned_alike_by_any_processes(
-    family: str, tiny_model: Path, tmp_path: Path
+def test_an_offloaded_base_trains_as_one_that_is_not(
+    alone: Callable[[str], Path], tiny_run: Callable[..., Path]
 ) -> None:
+    """On a CPU nothing is moved; that it is sharded and trained alike is the same code."""
+    config = tiny_run(**EXACT, model={"quantization": "nf4"}, distributed={"offload": True, "strategy": "fsdp"})
+
+    go(config, (2, "fsdp"))
+
+    is_as(config, alone("nf4"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe"])
+def test_a_mixture_of_experts_is_learned_alike_by_any_processes(family: str, tiny_model: Path, tmp_path: Path) -> None:
     """Under fsdp too its experts are converted and sharded layer by layer, and no process loads it whole."""
     base = random_model(family, tmp_path / "base")
     for path in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("*.jinja")):

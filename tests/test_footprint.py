@@ -1,5 +1,6 @@
 """How large a model is while it is trained, from its config.json: beside real weights, and a simulation."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -284,6 +285,37 @@ def test_copies_of_the_state_need_host_memory(tmp_path: Path) -> None:
         3,
         2,
     )
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_base_that_comes_quantized_has_the_activations_of_one_in_16_bits(
+    tmp_path: Path, *, checkpointing: bool
+) -> None:
+    """PEFT makes a float32 copy of the inputs of each of its layers, as of plain linear layers."""
+    peaks = {}
+    for quantization in ("none", "nf4"):
+        read, sizes = sized(
+            "Llama-3.1-8B-Instruct",
+            tmp_path,
+            model={"quantization": quantization},
+            train={"gradient_checkpointing": checkpointing},
+        )
+        for scheme in ("", "gptq, 4 bits"):
+            one = dataclasses.replace(sizes, scheme=scheme, unpacked=0)
+            peaks[quantization, scheme] = strategy.estimate(read, one).activations
+
+    assert peaks["nf4", "gptq, 4 bits"] == peaks["none", ""] > peaks["nf4", ""]
+
+
+def test_packed_sequences_need_a_mask(tmp_path: Path) -> None:
+    """Booleans for each pair of tokens of a micro batch, and a copy in the dtype of activations."""
+    peaks = []
+    for packing in (False, True):
+        data = {"max_length": 16384, "packing": packing}
+        read, sizes = sized("Llama-3.1-8B-Instruct", tmp_path, data=data, train={"micro_batch_size": 1})
+        peaks.append(strategy.estimate(read, sizes).activations)
+
+    assert peaks[1] - peaks[0] == pytest.approx(3 * 16384**2)
 
 
 def test_another_process_counts_the_same(tmp_path: Path) -> None:

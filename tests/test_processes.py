@@ -53,7 +53,9 @@ def train(code: str, task: inputs.Task, notice: preemption.Notice | None = None)
     program = [sys.executable, "-c", WORKER.format(root=str(ROOT)) + code]
     kernels = task.scratch / "kernels"
     gpus = ("6", "7") if task.team.gpus else ()
-    environ = launch.environment(os.environ, task.team, gpus, None, kernel_cache=kernels, deterministic=True)
+    environ = launch.environment(
+        os.environ, task.team, gpus, None, kernel_cache=kernels, deterministic=True, offload=False
+    )
     launch.training(program, task, environ, notice or preemption.Notice())
 
 

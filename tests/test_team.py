@@ -70,6 +70,7 @@ def environment_of(
     address: str | None = None,
     *,
     deterministic: bool = True,
+    offload: bool = False,
 ) -> dict[str, str]:
     return launch.environment(
         environ,
@@ -78,6 +79,7 @@ def environment_of(
         address,
         kernel_cache=KERNELS,
         deterministic=deterministic,
+        offload=offload,
     )
 
 
@@ -105,6 +107,31 @@ def test_what_the_user_has_set_is_left_alone() -> None:
     assert own.items() <= environment_of(own, inputs.Team(processes=2), ("0", "1"), "127.0.0.1").items()
     older = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}  # torch would prefer ours under the new name
     assert "PYTORCH_ALLOC_CONF" not in environment_of(older, inputs.Team(), ("0",))
+
+
+@pytest.mark.parametrize(
+    ("own", "settings"),
+    [
+        ({}, "expandable_segments:True,pinned_max_round_threshold_mb:1"),
+        (
+            {"PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": "x:1"},
+            "backend:native,pinned_max_round_threshold_mb:1",
+        ),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"},
+            "max_split_size_mb:512,pinned_max_round_threshold_mb:1",
+        ),
+        (
+            {"PYTORCH_ALLOC_CONF": "pinned_max_round_threshold_mb:64"},
+            "pinned_max_round_threshold_mb:64",
+        ),
+    ],
+)
+def test_an_offloaded_base_takes_no_more_host_memory_than_its_size(own: dict[str, str], settings: str) -> None:
+    """Torch would round each pinned tensor up to a power of two; the user's own settings are kept."""
+    made = environment_of(own, inputs.Team(), ("0",), offload=True)
+
+    assert made["PYTORCH_ALLOC_CONF"] == settings
 
 
 CUDA_DETERMINISTIC = {

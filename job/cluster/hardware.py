@@ -12,11 +12,9 @@ from typing import Any
 import psutil
 
 from job import errors, log
-from job.cluster.cgroup import memory_limit
+from job.cluster.cgroup import memory_limit, unused_memory
 
 _CGROUP = Path("/sys/fs/cgroup/cpu.max")
-_MEMORY = Path("/sys/fs/cgroup/memory.max")
-_CACHED = ("active_file", "inactive_file")  # of memory.stat: pages of files, which can be dropped
 
 
 @dataclass(frozen=True)
@@ -56,22 +54,14 @@ def cpus(limit: Path = _CGROUP) -> int:
     return bound if quota == "max" else max(1, min(bound, math.ceil(int(quota) / int(period))))
 
 
-def free_memory(limit: Path = _MEMORY) -> int:
-    """Bytes of host memory that are free, or fewer by what this process or its container may have."""
+def free_memory() -> int:
+    """Return the bytes of host memory that this process can still take, alone and in its container."""
     free = int(psutil.virtual_memory().available)
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
         free = max(0, min(free, most - psutil.Process().memory_info().vms))
-    told = limit.read_text("ascii").strip() if limit.exists() else "max"
-    if told == "max":
-        return free
-    used = int(limit.with_name("memory.current").read_text("ascii"))
-    # a base model that was just downloaded fills the page cache, which counts as used and can be
-    # dropped
-    stat = limit.with_name("memory.stat")
-    lines = stat.read_text("ascii").splitlines() if stat.exists() else []
-    cached = sum(int(line.split()[1]) for line in lines if line.split()[0] in _CACHED)
-    return max(0, min(free, int(told) - max(0, used - cached)))
+    unused = unused_memory()
+    return free if unused is None else min(free, unused)
 
 
 def total_memory() -> int:

@@ -5,7 +5,7 @@ What the processes make is in ``task.out``; how each of them ended is in ``task.
 
 from job.launch.compatibility import check_hardware
 from job.launch.kernels import check_machine
-from job.launch.planning import Plan, check_offloaded, plan
+from job.launch.planning import Plan, check_gpu_memory, check_offloaded, plan
 from job.launch.processes import die_with, digests, over, task, training
 from job.launch.strategy import choose, place
 from job.launch.team import check_environment, environment, team
@@ -13,6 +13,7 @@ from job.launch.team import check_environment, environment, team
 __all__ = [
     "Plan",
     "check_environment",
+    "check_gpu_memory",
     "check_hardware",
     "check_machine",
     "check_offloaded",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from job import config
-from job.model.footprint import Footprint
+from job.model.footprint import Footprint, count_dora_matrices
 
 # Bytes for each token of a micro batch, where numbers have 2 bytes. Fitted to a simulation of one
 # micro batch on fake tensors with TRL's, PEFT's and transformers' own code (table B in
@@ -52,9 +52,9 @@ def estimate_activations(settings: config.Config, footprint: Footprint, gradient
     pairs = 2 if settings.train.method == "dpo" else 1
     tokens = pairs * settings.train.micro_batch_size * settings.data.max_length
     scale = footprint.width / 2
-    dropout = settings.lora.dropout > 0 and pairs == 1  # `train.placement` takes it out for pairs
+    dropout = settings.lora.dropout > 0 and pairs == 1  # `lora.without_dropout` for pairs
     copies = _INPUT * dropout
-    if settings.model.quantization == "none" and not footprint.scheme:
+    if settings.model.quantization == "none" or footprint.scheme:
         copies += _INPUT * (1 + dropout)  # PEFT makes a float32 copy there
     dora = _estimate_dora(settings, footprint, dropout=dropout)
     hidden, wide, inputs = footprint.hidden, footprint.wide, footprint.inputs
@@ -63,13 +63,28 @@ def estimate_activations(settings: config.Config, footprint: Footprint, gradient
     unpacked = min(footprint.unpacked, hidden * wide * footprint.width)
     layer = tokens * scale * (_HIDDEN * hidden + _WIDE * wide + copies * inputs + routed)
     layer += tokens * dora.peak + dora.weights + max(unpacked, dora.matrices)
+    mask, bias = _estimate_mask(settings, tokens, footprint.width)
+    layer += mask + bias
     kept = tokens * (hidden * footprint.width + dora.stream) * footprint.layers
     if not settings.train.gradient_checkpointing:
         each = scale * (_HIDDEN_KEPT * hidden + _WIDE_KEPT * wide + copies * inputs + routed)
-        kept = (tokens * (each + dora.kept) + dora.weights) * (footprint.layers - 1)
+        kept = (tokens * (each + dora.kept) + dora.weights + bias) * (footprint.layers - 1)
     tile = 2 * min(tokens, _TILE[0]) * min(footprint.vocabulary, _TILE[1])
     tile += 4 * tokens * hidden * footprint.width
     return max(layer + max(kept - gradients, 0.0), kept + tile - gradients)
+
+
+def _estimate_mask(settings: config.Config, tokens: int, width: int) -> tuple[float, float]:
+    """Return the bytes of the attention mask of packed sequences, and of its copy in each layer.
+
+    TRL makes one row of a packed micro batch. transformers then has a mask [tokens, tokens] of
+    booleans, which torch's attention kernels convert to the dtype of the activations
+    (convert_boolean_attn_mask in aten/src/ATen/native/transformers/attention.cpp). This was neither
+    fitted nor measured.
+    """
+    if not settings.data.packing or settings.model.attention == "flash_attention_2":
+        return 0.0, 0.0
+    return float(tokens * tokens), float(width * tokens * tokens)
 
 
 def _estimate_dora(settings: config.Config, footprint: Footprint, *, dropout: bool) -> _Dora:
@@ -87,19 +102,3 @@ def _estimate_dora(settings: config.Config, footprint: Footprint, *, dropout: bo
         # with dropout the base's result is computed again, and its weight kept for the gradient
         weights=width * footprint.adapted if dropout else 0.0,
     )
-
-
-def count_dora_matrices(inputs: int, outputs: int, width: int) -> int:
-    """Return the bytes of DoRA's temporary matrices for one layer, numbers having `width` bytes.
-
-    PEFT multiplies the adapter's matrices by sending an identity [inputs, inputs] in float32
-    through them. Under autocast to 16 bits a copy of it is made, which autograd keeps while the
-    product lives. The norm of W + BA then needs W, BA, the scaled BA and the sum in float32, the
-    number format of the adapter's input.
-    """
-    identity, matrix = inputs * inputs, inputs * outputs
-    if width == 4:  # noqa: PLR2004 - bytes of float32: no autocast, no copy
-        return 4 * identity + 16 * matrix
-    product = (4 + width) * identity + width * matrix
-    norm = width * identity + 16 * matrix
-    return max(product, norm)

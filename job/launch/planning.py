@@ -18,7 +18,9 @@ class Plan:
     scratch: int = 0
     """Bytes of the disk for checkpoints and the adapter; 0 if nobody counted them, as on a CPU."""
     offloaded: int = 0
-    """Bytes of the base in the host memory of each machine, with distributed.offload."""
+    """Bytes in the host memory of each machine with distributed.offload: of base and optimizer."""
+    on_gpu: int = 0
+    """Bytes that each GPU needs whatever the examples are; 0 if nobody counted them."""
 
 
 def plan(settings: config.Config, base: Path, team: Team, memory: int | None) -> Plan:
@@ -39,7 +41,8 @@ def plan(settings: config.Config, base: Path, team: Team, memory: int | None) ->
     # the newest checkpoint and the one being written or the best one; the adapter as trained and as
     # published
     scratch = int(2 * (need.adapter + need.optimizer) + 2 * need.adapter)
-    return Plan(chosen, scratch, int(_count_offloaded(need, chosen)))
+    offloaded = int(_count_offloaded(need, chosen) + need.zero_offload / chosen.nodes)
+    return Plan(chosen, scratch, offloaded, int(strategy.count_certain(need, chosen)))
 
 
 def check_host_memory(
@@ -53,24 +56,51 @@ def check_host_memory(
 
     It has `total` bytes, `free` of them now; if only those are too few, `errors.HostMemoryError` is
     raised, which is worth another start. Counted are the copies of the state on their way to the
-    store, and with distributed.offload this machine's share of the base. The processes themselves
-    take more besides.
+    store, and with distributed.offload this machine's share of the base and of ZeRO's optimizer.
+    The processes themselves take more besides.
     """
     state, copies = need.adapter + need.optimizer, _count_copies(settings)
     offloaded = _count_offloaded(need, team)
-    base = f" and {log.size(offloaded)} of the base (distributed.offload)" if offloaded else ""
+    optimizer = need.zero_offload / team.nodes
     needs = (
         f"up to {copies} copies of the training state, of {log.size(state)} each, are in host "
-        f"memory on their way to the store{base}"
+        "memory on their way to the store"
     )
-    smaller = ", use train.optimizer paged_adamw_8bit, or lower lora.r"
-    _check_room(copies * state + offloaded, needs, smaller, free, total)
+    if offloaded:
+        needs += f", and {log.size(offloaded)} of the base (distributed.offload)"
+    if optimizer:
+        needs += f", and {log.size(optimizer)} of the optimizer (distributed.offload)"
+    smaller = ", or lower lora.r"
+    if offloaded > copies * state:
+        smaller = ", or set model.quantization to nf4"
+        if settings.model.quantization in ("nf4", "fp4"):
+            smaller = ""
+        if team.shards == team.size:
+            smaller += ", or use more machines"
+    elif settings.train.optimizer != "paged_adamw_8bit" and not optimizer:
+        smaller = ", use train.optimizer paged_adamw_8bit" + smaller
+    _check_room(copies * state + offloaded + optimizer, needs, smaller, free, total)
 
 
 def check_offloaded(offloaded: int, free: int, total: int) -> None:
-    """Raise as `check_host_memory`, on a machine that has only `offloaded` bytes of the base."""
-    needs = f"{log.size(offloaded)} of the base are in host memory (distributed.offload)"
-    _check_room(offloaded, needs, ", or use more machines", free, total)
+    """Raise as `check_host_memory`, on a machine that has only its share of base and optimizer."""
+    needs = f"{log.size(offloaded)} of the model are in host memory (distributed.offload)"
+    smaller = ", or use machines with as much memory as the first one"
+    _check_room(offloaded, needs, smaller, free, total)
+
+
+def check_gpu_memory(on_gpu: int, memory: int | None) -> None:
+    """Raise `errors.ConfigError` if this machine's GPUs are too small for what the first one chose.
+
+    `on_gpu` are the bytes that each GPU needs whatever the examples are, `memory` those of the
+    smallest GPU here, None if the driver does not report them.
+    """
+    if memory is not None and on_gpu > memory:
+        raise errors.ConfigError(
+            f"each GPU needs {log.size(on_gpu)} for the base and the adapter, which those of the "
+            f"first machine have, but one of this machine has {log.size(memory)}: use machines "
+            "with equal GPUs, or start the run with this one as the first"
+        )
 
 
 def _count_copies(settings: config.Config) -> int:

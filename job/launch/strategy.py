@@ -17,6 +17,12 @@ _OPTIMIZER_BYTES = {
 }
 _FLOAT = 4  # bytes of a weight of the adapter, and of its gradient
 _WHOLE = ("ddp", "zero1", "zero2")  # have the whole base on each GPU
+# Bytes for each weight of the largest layer when PEFT measures the norms that DoRA starts with: the
+# dequantized weight in 16 bits, and in float32 BA, the scaled BA and the sum (peft/tuners/lora/dora.py).
+_DORA_START = 14
+# Bytes for each weight of the adapter that DeepSpeed keeps in host memory with offload: a copy of
+# it and AdamW's two moments, all in float32.
+_ZERO_OFFLOAD = 12
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class Need:
     """What the peak of a step takes beyond all of these."""
     offload: bool = False
     """Whether the shards of the base stay in host memory, and GPUs have only what is gathered."""
+    loading: float = 0.0
+    """What each GPU has while fsdp loads the base whole, as DoRA makes it."""
+    zero_offload: float = 0.0
+    """What ZeRO keeps in the host memory of all machines together instead of the optimizer."""
 
     @property
     def replica(self) -> float:
@@ -54,18 +64,29 @@ class Need:
         """
         if shards == 1 and not self.offload:
             return self.replica
-        shard = 0.0 if self.offload else self.base / shards
-        gathered = self.layer + self.ends
-        return shard + gathered + self.constants + self.adapter + self.gradients
+        return self._gathered(shards) + max(self.gradients, self._buffer(shards))
 
     def on_each(self, shards: int, processes: int = 1) -> float:
         """Return all of it for each of `shards` GPUs that share the base, of `processes` in all."""
         exchanged = self.gradients if processes > 1 else 0.0  # a flat copy of them, to be averaged
-        certain = self.fixed(shards) + self.optimizer + _CONTEXT
-        if shards > 1 or self.offload:
-            # the next layer is gathered early; gradients are averaged when activations are gone
-            return certain + self.layer + max(self.activations, exchanged)
-        return certain + self.activations + exchanged
+        certain = _CONTEXT + (0.0 if self.zero_offload else self.optimizer)
+        if shards == 1 and not self.offload:
+            return certain + self.replica + self.activations + exchanged
+        # the next layer is gathered early; gradients are averaged when activations are gone
+        backward = self.gradients + self.layer + max(self.activations, exchanged)
+        return certain + self._gathered(shards) + max(backward, self._buffer(shards))
+
+    def _gathered(self, shards: int) -> float:
+        """Return the bytes of one shard, the adapter, and what is gathered in each pass."""
+        shard = 0.0 if self.offload else self.base / shards
+        return shard + self.constants + self.adapter + self.layer + self.ends
+
+    def _buffer(self, shards: int) -> float:
+        """Return the bytes of the buffer that embeddings and head are gathered through.
+
+        FSDP2 keeps it until the first layer is gathered (torch's FSDPParamGroup.wait_for_unshard).
+        """
+        return self.ends if shards > 1 else 0.0
 
 
 def choose(
@@ -110,6 +131,8 @@ def choose(
         )
     _refuse(settings, chosen, shards, footprint, need, memory)
     each = alone if chosen in _WHOLE else sharded
+    if chosen == "fsdp" and need.loading:
+        each = max(each, need.loading + _CONTEXT)
     if each > memory * _USABLE:
         log.warn(
             "launch.tight",
@@ -193,10 +216,11 @@ def _refuse(
             f"{takes}, and zero3 shards quantized weights only when all of them are {each}: use "
             "distributed.strategy fsdp, which does it while it loads them"
         )
-    if chosen == "fsdp" and settings.lora.dora and whole > memory:
+    if chosen == "fsdp" and need.loading > memory:
         raise errors.ConfigError(
-            f"{takes}, and lora.dora needs all of it {each} to begin with: use larger GPUs, or set "
-            "lora.dora to false and train plain LoRA"
+            f"{takes}, and lora.dora needs all of it {each} to begin with, "
+            f"{log.size(need.loading)} together with what the norms of the largest layer take: use "
+            f"{smaller}larger GPUs, or set lora.dora to false and train plain LoRA"
         )
     if chosen in _WHOLE or need.fixed(shards) <= memory:
         return
@@ -215,7 +239,10 @@ def _refuse(
 
 def estimate(settings: config.Config, footprint: Footprint) -> Need:
     """Return what training needs on a GPU: weights to the byte, activations as simulated."""
-    trained = footprint.trained
+    trained, wanted = footprint.trained, settings.distributed
+    whole = footprint.base + footprint.constants + trained * _FLOAT
+    norms = _DORA_START * footprint.dora_inputs * footprint.dora_outputs
+    zero_offload = wanted.offload and wanted.strategy.startswith("zero")
     return Need(
         base=footprint.base,
         constants=footprint.constants,
@@ -226,5 +253,14 @@ def estimate(settings: config.Config, footprint: Footprint) -> Need:
         optimizer=trained * _OPTIMIZER_BYTES[settings.train.optimizer],
         activations=estimate_activations(settings, footprint, trained * _FLOAT),
         # ZeRO-2 keeps the optimizer in host memory, and the base on each GPU
-        offload=settings.distributed.offload and settings.distributed.strategy not in _WHOLE,
+        offload=wanted.offload and wanted.strategy not in _WHOLE,
+        loading=whole + norms if settings.lora.dora else 0.0,
+        zero_offload=trained * _ZERO_OFFLOAD if zero_offload else 0.0,
     )
+
+
+def count_certain(need: Need, team: Team) -> float:
+    """Return the bytes that each GPU of `team` needs whatever the examples are."""
+    if team.strategy in _WHOLE:
+        return need.replica
+    return max(need.fixed(team.shards), need.loading if team.strategy == "fsdp" else 0.0)

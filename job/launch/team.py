@@ -43,6 +43,8 @@ _DETERMINISTIC = {
     "FLASH_ATTENTION_DETERMINISTIC": "1",
     "NCCL_NVLS_ENABLE": "0",
 }
+_EXPANDABLE = "expandable_segments:True"  # examples differ in length: less memory is lost between them
+_PINNED = "pinned_max_round_threshold_mb"
 _REPRODUCIBLE_WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS; torch refuses any other in deterministic mode
 
 
@@ -54,6 +56,7 @@ def environment(
     *,
     kernel_cache: Path,
     deterministic: bool,
+    offload: bool,
 ) -> dict[str, str]:
     """Return the environment of the processes of `team` on this machine, whose `address` the others know.
 
@@ -67,7 +70,9 @@ def environment(
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: team.processes])
         ours["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts, from which the numbers are
         if "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
-            chosen["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # examples differ in length: less lies waste
+            chosen["PYTORCH_ALLOC_CONF"] = _EXPANDABLE
+    if gpus and offload:
+        ours["PYTORCH_ALLOC_CONF"] = _bound_pinned_memory(environ)
     if gpus and deterministic:
         chosen |= _DETERMINISTIC
     if team.processes > 1:
@@ -81,6 +86,17 @@ def environment(
     if team.strategy.startswith("zero"):
         ours["ACCELERATE_USE_DEEPSPEED"] = "true"
     return {**chosen, **ours}
+
+
+def _bound_pinned_memory(environ: Mapping[str, str]) -> str:
+    """Return the allocator's settings with which pinned host memory takes what was asked for.
+
+    torch rounds each pinned tensor up to a power of two otherwise: an offloaded base then takes 1.1
+    to 1.9 times its size (ATen/core/CachingHostAllocator.h). The user's settings are kept.
+    """
+    older = environ.get("PYTORCH_CUDA_ALLOC_CONF", _EXPANDABLE)
+    settings = environ.get("PYTORCH_ALLOC_CONF", older)
+    return settings if _PINNED in settings else f"{settings},{_PINNED}:1"
 
 
 def check_environment(settings: Config, environ: Mapping[str, str]) -> None:

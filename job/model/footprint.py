@@ -88,6 +88,22 @@ def describe_unquantized(weights: int, unquantized: Mapping[str, int]) -> str:
     return f"{count} of {_in_billions(weights)} weights are not quantized: {kinds}"
 
 
+def count_dora_matrices(inputs: int, outputs: int, width: int) -> int:
+    """Return the bytes of DoRA's temporary matrices for one layer, numbers having `width` bytes.
+
+    PEFT multiplies the adapter's matrices by sending an identity [inputs, inputs] in float32
+    through them. Under autocast to 16 bits a copy of it is made, which autograd keeps while the
+    product lives. The norm of W + BA then needs W, BA, the scaled BA and the sum in float32, the
+    number format of the adapter's input.
+    """
+    identity, matrix = inputs * inputs, inputs * outputs
+    if width == 4:  # noqa: PLR2004 - bytes of float32: no autocast, no copy
+        return 4 * identity + 16 * matrix
+    product = (4 + width) * identity + width * matrix
+    norm = width * identity + 16 * matrix
+    return max(product, norm)
+
+
 def ask(settings: Config, folder: Path) -> Footprint | None:
     """Count in another process what the model would consist of whose config.json is in `folder`.
 

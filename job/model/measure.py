@@ -80,8 +80,11 @@ def measure(base: Path, settings: config.Config) -> Footprint:
     layers = int(getattr(text, "num_hidden_layers", None) or len(sizes.blocks) or 1)
     hidden = int(getattr(text, "hidden_size", None) or _linear_shape(network.get_input_embeddings())[0])
     wide, experts = _active_width(text, hidden)
-    # DoRA's identity is inputs x inputs, and four times its other matrices are inputs x outputs
-    largest = max(shapes, key=lambda shape: shape[0] * (shape[0] + 4 * shape[1]), default=(0, 0))
+    largest = max(
+        shapes,
+        key=lambda shape: footprint.count_dora_matrices(shape[0], shape[1], dtype.itemsize),
+        default=(0, 0),
+    )
     return Footprint(
         weights=sizes.weights, unquantized=dict(sizes.unquantized) if sizes.largest else {}, scheme=str(scheme or ""),
         blocks=sum(sizes.blocks.values()), block=max(sizes.blocks.values(), default=0), ends=sizes.ends,

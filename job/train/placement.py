@@ -87,7 +87,8 @@ def _shared(task: Task) -> tuple[PeftModel, PackedBlock | None]:
     adapted = lora.adapted(network, settings.lora)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = _shard_mesh(device, task.team)
-    policy = CPUOffloadPolicy() if settings.distributed.offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    policy = offload if settings.distributed.offload else OffloadPolicy()
     packed = None
     for name, module in [*_blocks(network, adapted), ("", adapted)]:
         if pieces:
