@@ -78,6 +78,8 @@ def test_chatglms_tokens_are_those_of_sentencepiece(text: str, chatglm_words: tu
     assert tokenizer.decode(ids) == original.decode(ids)
 
 
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_tokens_of_a_vocabulary_of_49152_are_those_of_tiktoken(smol_model: Path) -> None:
     """With the merges of a real model, on files of real code and prose."""
     import tiktoken

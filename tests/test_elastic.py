@@ -117,7 +117,9 @@ def is_as(config: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("legs", "quantization"),
     [
-        pytest.param([(2, "fsdp"), (3, "zero3"), (1, "ddp")], "nf4", marks=pytest.mark.slow),  # .ci/run runs it
+        pytest.param(
+            [(2, "fsdp"), (3, "zero3"), (1, "ddp")], "nf4", marks=[pytest.mark.slow, pytest.mark.every_commit]
+        ),
         pytest.param([(1, "ddp"), (2, "fsdp"), (3, "zero3"), (4, "zero2"), (2, "ddp")], "nf4", marks=pytest.mark.slow),
         pytest.param(
             [(4, "fsdp"), (1, "zero2"), (3, "zero1"), (2, "zero3"), (4, "ddp")], "none", marks=pytest.mark.slow

@@ -133,9 +133,8 @@ def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of an adapter for GPT-2 that was trained over 4-bit weights
-@pytest.mark.parametrize(
-    "family", ["qwen of 2023", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chatglm3", *COMMON))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [pytest.param("qwen of 2023", marks=pytest.mark.every_commit), "chatglm3", *COMMON])
 def test_a_family_trains_resumes_and_merges(
     family: str, job: Job, tmp_path: Path, tiny_model: Path, tiny_run: Callable[..., Path]
 ) -> None:

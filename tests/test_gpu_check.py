@@ -103,6 +103,8 @@ def test_every_whole_job_check_passes_on_the_cpu(tmp_path: Path) -> None:
     assert results["merge"]["answer"]
 
 
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_a_part_that_takes_too_long_does_not_take_the_others_with_it(tmp_path: Path) -> None:
     """It fails with what is known of it, and the summary names the parts that were not reached."""
     ended = run_check(tmp_path, "--minutes=0.8", "--parts", "machine", *RUNS)

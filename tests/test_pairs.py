@@ -275,6 +275,8 @@ def trainer_of(network: PeftModel, tiny_model: Path, folder: Path, beta: float) 
     )  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_a_run_learns_the_preference_and_goes_on_to_the_same_bits(
     job: Job, tiny_run: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -98,7 +98,8 @@ def test_a_packed_base_is_merged_into_unpacked(way: str, tiny_model: Path, tmp_p
     assert all(torch.equal(whole.state_dict()[name], meant[name].to(torch.bfloat16)) for name in untouched)
 
 
-@pytest.mark.parametrize("way", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [pytest.param("gptq", marks=pytest.mark.every_commit), "awq"])
 def test_a_run_on_a_packed_base_goes_on_exactly_and_ends_in_a_plain_model(
     way: str, tiny_model: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:

@@ -42,7 +42,8 @@ def run(line: str, where: Path) -> subprocess.CompletedProcess[str]:
     return outcome
 
 
-@pytest.mark.slow  # .ci/run runs it all the same
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_the_commands_of_the_readme_do_what_it_says(clone: Path) -> None:
     """The smoke run makes, shows and repeats nothing; what comes after it runs too."""
     lines = [line for line in commands("README.md") if line not in NOT_HERE]

@@ -42,6 +42,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
     return folder / "run"
 
 
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_a_run_that_a_more_urgent_job_preempts_goes_on_in_the_same_log(
     cluster: Slurm, checkout: Checkout, config: Path, tmp_path: Path
 ) -> None:

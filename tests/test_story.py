@@ -155,7 +155,8 @@ def in_s3(s3: S3, bucket: str, tiny_model: Path, tiny_run: Callable[..., Path], 
     return tiny_run(run={"url": f"s3://{bucket}/run"}, data=data, **tree)
 
 
-@pytest.mark.slow  # .ci/run runs it all the same
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_a_run_that_was_asked_to_stop_in_every_phase_goes_on_to_the_same_weights(
     tiny_run: Callable[..., Path], undisturbed: Callable[..., Path], tmp_path: Path
 ) -> None:

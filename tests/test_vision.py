@@ -305,10 +305,11 @@ def test_all_linear_trains_what_sees_too(bases: Callable[[str], Path]) -> None:
     assert len(layers(["model.visual.merger.mlp.0"])) == 1
 
 
-SLOW = [name for name in seeing.SPECIAL if name != "qwen2_5_vl"]
+OTHERS = [name for name in seeing.SPECIAL if name != "qwen2_5_vl"]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.every_commit), *OTHERS])
 def test_a_run_on_images_goes_on_exactly_and_ends_in_a_model_that_sees(
     family: str, bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job, tmp_path: Path
 ) -> None:
