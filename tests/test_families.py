@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import files, take_back
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from job import config, errors, inputs, merge
@@ -112,24 +112,45 @@ def test_a_family_loaded_layer_by_layer_is_what_transformers_loads(family: str, 
     for quantization, dtype in (("nf4", "bfloat16"), ("none", "float16")):
         settings = config.Model(base=base.as_uri(), quantization=quantization, compute_dtype=dtype)
 
-        found = weights.outline(base, settings)
+        loaded = _tensors(_load_layer_by_layer(base, settings))
 
-        assert found
-        network, pieces = found
-        assert all(parameter.is_meta for parameter in network.parameters())
-        pieces.fill(network, "")
-        network.tie_weights()
-        loaded, expected = _tensors(network), _tensors(weights.for_training(base, settings))
+        expected = _tensors(weights.for_training(base, settings))
         assert loaded.keys() == expected.keys()
         for name, tensor in expected.items():
             assert loaded[name].dtype == tensor.dtype, name
             assert torch.equal(loaded[name], tensor), name
 
 
+def _load_layer_by_layer(base: Path, settings: config.Model) -> torch.nn.Module:
+    found = weights.outline(base, settings)
+    assert found
+    network, pieces = found
+    assert all(parameter.is_meta for parameter in network.parameters())
+    pieces.fill(network, "")
+    network.tie_weights()
+    return network
+
+
 def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return all parameters and buffers by name."""
     parameters = network.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(network.named_buffers(remove_duplicate=False))}
+
+
+@pytest.mark.parametrize("missing", ["experts.1.gate_proj", "experts.1."])
+def test_a_mixture_that_lacks_an_expert_is_refused(missing: str, tmp_path: Path) -> None:
+    """Layer by layer and as a whole: a start could not mend it."""
+    base = random_model("qwen3_moe", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: each for name, each in tensors.items() if f"layers.0.mlp.{missing}" not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    settings = config.Model(base=base.as_uri())
+
+    with pytest.raises(errors.ModelError, match=r"layers\.0\.mlp\.experts.*(config\.json|belong)"):
+        _load_layer_by_layer(base, settings)
+    with pytest.raises(errors.ModelError, match=r"are not those of the model that its config\.json"):
+        weights.for_training(base, settings)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of an adapter for GPT-2 that was trained over 4-bit weights

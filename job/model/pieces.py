@@ -5,6 +5,7 @@ the page cache that they share, and no process holds more than a layer that it d
 """
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Set as AbstractSet
@@ -63,8 +64,6 @@ class Pieces:
         self.changed: dict[str, Change] = {}
         """What transformers would make something else of while loading."""
         self._network: PreTrainedModel | None = None
-        self._conversions: dict[str, str] = {}
-        """For each weight that is made of changed tensors, the target of their conversion."""
         self._in_float32: re.Pattern[str] | None = None
         """Names of weights that transformers keeps in float32, whatever the dtype."""
         self._files: dict[str, tuple[Shard, str]] = {}
@@ -110,14 +109,16 @@ class Pieces:
                 self.changed[name] = Change(makers[changed], changed, target)
         network._weight_conversions = [each for each in told if each.was_used()]  # type: ignore[assignment]  # noqa: SLF001 - as its loader does
         self._network = network
-        self._conversions = {
-            name: target
-            for target in {each.target for each in self.changed.values()}
-            for name in self.made(target, network, blank=True)
-        }
         plan = network._get_dtype_plan(self._dtype)  # noqa: SLF001 - as its loader does
         if plan:
             self._in_float32 = build_glob_alternation(list(plan))[0]
+
+    @functools.cached_property
+    def _conversions(self) -> dict[str, str]:
+        """For each weight that is made of changed tensors, the target of their conversion."""
+        assert self._network is not None, "call_as comes first"
+        targets = {each.target for each in self.changed.values()}
+        return {name: target for target in targets for name in self.made(target, self._network, blank=True)}
 
     def fit(self, network: PreTrainedModel) -> bool:
         """Return whether the files hold every weight of `network`, or what it is converted from.
@@ -188,7 +189,8 @@ class Pieces:
     ) -> dict[str, torch.Tensor]:
         """What transformers makes of those tensors of which `target` is made, by the names in the `network`.
 
-        Without memory if only names and shapes are asked for. With `dtype` the tensors are
+        Without memory if only names and shapes are asked for; raises `errors.ModelError` then if
+        the tensors do not belong together. With `dtype` the tensors are
         converted to it first, as transformers does when it loads a model.
         """
         parts = sorted((name for name, each in self.changed.items() if each.target == target), key=dot_natural_key)
@@ -197,7 +199,15 @@ class Pieces:
             value: Any = self.blank(name) if blank else self.read(name)
             value = value if dtype is None else value.to(dtype)
             rule.add_tensor(target, name, self.changed[name].pattern, value)
-        made = rule.convert(target, model=network, config=network.config)
+        try:
+            made = rule.convert(target, model=network, config=network.config)
+        except (RuntimeError, ValueError, IndexError, KeyError) as e:
+            if not blank:  # such as too little memory
+                raise
+            raise errors.ModelError(
+                f"model.base: {target} cannot be made of the {len(parts)} tensors in {self.base} that it consists of, "
+                f"the first is {parts[0]} ({e}): they are not whole, or of another model than config.json says"
+            ) from e
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def place(self, name: str) -> tuple[Shard, str]:

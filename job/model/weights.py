@@ -17,6 +17,7 @@ from job.model.prequantized import Scheme, linear
 
 _BLOCK = 64  # a side of the tiles in which 4-bit weights are repacked
 # What transformers raises for a model that it cannot load.
+_MISFITS = ("automatic conversion of the weights", "ignore_mismatched_sizes")  # of its RuntimeErrors
 _UNUSABLE = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)
 
 
@@ -107,6 +108,12 @@ def _load(base: Path, described: PretrainedConfig, settings: config.Model, **how
         )
     except _UNUSABLE as e:
         raise errors.ModelError(f"model.base: the model in {base} cannot be loaded: {e}") from e
+    except RuntimeError as e:
+        if not any(text in str(e) for text in _MISFITS):  # such as too little memory
+            raise
+        raise errors.ModelError(
+            f"model.base: the weights in {base} are not those of the model that its config.json describes: {e}"
+        ) from e
     if lacking := sorted(told["missing_keys"]):  # which transformers draws at random
         raise errors.ModelError(
             f"model.base: the model in {base} lacks {len(lacking)} weights, the first is {lacking[0]}: it is not "
