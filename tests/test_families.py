@@ -105,7 +105,18 @@ def test_the_adapter_of_a_family_finds_its_layers_learns_and_merges(
     assert (logits(AutoModelForCausalLM.from_pretrained(base)) - adapted).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", [*COMMON, *OTHERS])
+CONVERTED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "ernie4_5_moe")
+"""Families whose weights transformers converts, or keeps in float32, while it loads them."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *COMMON,
+        *CONVERTED,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CONVERTED),
+    ],
+)
 def test_a_family_loaded_layer_by_layer_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
     """Every weight and buffer in its dtype: converted, transposed, tied, and those that stay in float32."""
     base = random_model(family, tmp_path / "base")

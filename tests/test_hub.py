@@ -141,6 +141,8 @@ def test_a_base_comes_from_the_hub(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_data_come_from_the_hub(hub: dict[str, str], tiny_run: Callable[..., Path], job: Job, tmp_path: Path) -> None:
     """The files of a data set that are named, in a folder of it, by a star and one by one; verified like all others."""
     config = tiny_run()

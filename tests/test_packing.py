@@ -147,6 +147,8 @@ def test_rounding_to_eight_bits_is_no_leak(smol_model: Path) -> None:
     assert all(kept_apart(model.eval(), torch.randint(3, 40_000, (1, 16))) for _ in range(8))
 
 
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_packing_for_a_model_that_reads_across_the_borders_is_refused(
     job: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,

@@ -348,6 +348,8 @@ def test_a_run_on_images_goes_on_exactly_and_ends_in_a_model_that_sees(
     assert any(each["tuned"].strip() in ("red", "blue") for each in seen["answers"])
 
 
+@pytest.mark.slow
+@pytest.mark.every_commit
 def test_images_come_from_the_store_with_the_data(
     bases: Callable[[str], Path], folder: Path, tiny_run: Callable[..., Path], job: Job, s3: S3, bucket: str,
     tmp_path: Path,
