@@ -49,6 +49,16 @@ def test_the_kernel_counts_whom_it_kills_for_want_of_memory(group: Path) -> None
     assert ended.stdout.split() == ["0", str(64 << 20), "-9", "1"], ended.stderr
 
 
+def write_groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
+    """Write a tree of control groups and the file that names this process's; return both places."""
+    root, told = folder / "fs", folder / "cgroup"
+    told.write_text(own)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root, told
+
+
 EVENTS = "low 0\nhigh 0\nmax 12\noom 4\noom_kill 3\noom_group_kill 0\n"
 
 
@@ -79,11 +89,7 @@ def test_each_version_is_read_where_it_tells(
     own: str, files: dict[str, str], kills: int, limit: int | None, tmp_path: Path
 ) -> None:
     """The group of this process, and those around it."""
-    told, root = tmp_path / "cgroup", tmp_path / "fs"
-    told.write_text(own)
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+    root, told = write_groups(tmp_path, own, files)
 
     assert cgroup.oom_kills(root, told) == kills
     assert cgroup.memory_limit(root, told) == limit
@@ -130,10 +136,6 @@ def test_memory_that_a_container_can_still_take_excludes_files_that_can_be_dropp
     own: str, files: dict[str, str], unused: int | None, tmp_path: Path
 ) -> None:
     """In each version, of the tightest of the groups around this process."""
-    told, root = tmp_path / "cgroup", tmp_path / "fs"
-    told.write_text(own)
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+    root, told = write_groups(tmp_path, own, files)
 
     assert cgroup.unused_memory(root, told) == unused

@@ -1,6 +1,5 @@
 """How large a model is while it is trained, from its config.json: beside real weights, and a simulation."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -287,26 +286,6 @@ def test_copies_of_the_state_need_host_memory(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_base_that_comes_quantized_has_the_activations_of_one_in_16_bits(
-    tmp_path: Path, *, checkpointing: bool
-) -> None:
-    """PEFT makes a float32 copy of the inputs of each of its layers, as of plain linear layers."""
-    peaks = {}
-    for quantization in ("none", "nf4"):
-        read, sizes = sized(
-            "Llama-3.1-8B-Instruct",
-            tmp_path,
-            model={"quantization": quantization},
-            train={"gradient_checkpointing": checkpointing},
-        )
-        for scheme in ("", "gptq, 4 bits"):
-            one = dataclasses.replace(sizes, scheme=scheme, unpacked=0)
-            peaks[quantization, scheme] = strategy.estimate(read, one).activations
-
-    assert peaks["nf4", "gptq, 4 bits"] == peaks["none", ""] > peaks["nf4", ""]
-
-
 def test_packed_sequences_need_a_mask(tmp_path: Path) -> None:
     """Booleans for each pair of tokens of a micro batch, and a copy in the dtype of activations."""
     peaks = []
@@ -412,7 +391,7 @@ class Dora(NamedTuple):
 
 
 # Simulated as table B, with PEFT's own DoRA on the layers, after the estimate was fitted to the live
-# bytes of single layers (tests/test_dora_memory.py).
+# bytes of single layers (tests/test_activations.py).
 DORA = [
     Dora("Llama-3.1-8B-Instruct", 256, "nf4", 0.05, 1.887),
     Dora("Llama-3.1-8B-Instruct", 2048, "nf4", 0.05, 3.403),

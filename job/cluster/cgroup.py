@@ -11,8 +11,8 @@ _LIMITS = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-# Of memory.stat: pages of files, which the kernel drops when memory is wanted. Version 1 counts those
-# of the groups within a group under names of their own.
+# Of memory.stat: pages of files, which the kernel drops when memory is wanted. Version 1 counts
+# those of a group with all groups in it as `total_…`.
 _CACHED = re.compile(r"^(total_)?(in)?active_file (\d+)$", re.MULTILINE)
 
 

@@ -55,7 +55,7 @@ def cpus(limit: Path = _CGROUP) -> int:
 
 
 def free_memory() -> int:
-    """Return the bytes of host memory that this process can still take, alone and in its container."""
+    """Return the bytes of host memory that this process can still take, also in its container."""
     free = int(psutil.virtual_memory().available)
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:

@@ -19,7 +19,7 @@ _ROUTED = 10.0
 _TILE = (4096, 32768)  # tokens and words of which TRL 1.16 has logits at once (chunked_logprob.py)
 
 # The same for each output of a layer with DoRA, fitted to the live bytes of layers on the CPU
-# (tests/test_dora_memory.py). Kept are two results in 16 bits, what the base and what the adapter
+# (tests/test_activations.py). Kept are two results in 16 bits, what the base and what the adapter
 # computes, for the gradient of the magnitudes. PEFT returns float32 on 4-bit layers under autocast
 # (peft/tuners/lora/bnb.py), which widens all that follows.
 _DORA, _DORA_KEPT = 5.5, 4.0

@@ -70,23 +70,15 @@ def check_host_memory(
         needs += f", and {log.size(offloaded)} of the base (distributed.offload)"
     if optimizer:
         needs += f", and {log.size(optimizer)} of the optimizer (distributed.offload)"
-    smaller = ", or lower lora.r"
-    if offloaded > copies * state:
-        smaller = ", or set model.quantization to nf4"
-        if settings.model.quantization in ("nf4", "fp4"):
-            smaller = ""
-        if team.shards == team.size:
-            smaller += ", or use more machines"
-    elif settings.train.optimizer != "paged_adamw_8bit" and not optimizer:
-        smaller = ", use train.optimizer paged_adamw_8bit" + smaller
-    _check_room(copies * state + offloaded + optimizer, needs, smaller, free, total)
+    size = copies * state + offloaded + optimizer
+    remedies = _list_remedies(settings, team, mostly_base=offloaded > copies * state)
+    _check_room(size, needs, remedies, free, total)
 
 
 def check_offloaded(offloaded: int, free: int, total: int) -> None:
     """Raise as `check_host_memory`, on a machine that has only its share of base and optimizer."""
     needs = f"{log.size(offloaded)} of the model are in host memory (distributed.offload)"
-    smaller = ", or use machines with as much memory as the first one"
-    _check_room(offloaded, needs, smaller, free, total)
+    _check_room(offloaded, needs, ["use machines with as much memory as the first"], free, total)
 
 
 def check_gpu_memory(on_gpu: int, memory: int | None) -> None:
@@ -113,13 +105,28 @@ def _count_offloaded(need: Need, team: Team) -> float:
     return need.base * team.processes / team.shards if need.offload else 0.0
 
 
-def _check_room(size: float, needs: str, smaller: str, free: int, total: int) -> None:
+def _list_remedies(settings: config.Config, team: Team, *, mostly_base: bool) -> list[str]:
+    """Return what lowers the need for host memory, of the base or else of the training state."""
+    remedies = []
+    if mostly_base:
+        if settings.model.quantization not in ("nf4", "fp4"):
+            remedies.append("set model.quantization to nf4")
+        if team.shards == team.size:  # else each machine holds a whole copy
+            remedies.append("use more machines")
+        return remedies
+    zero = team.strategy.startswith("zero")  # which takes no other optimizer
+    if settings.train.optimizer != "paged_adamw_8bit" and not zero:
+        remedies.append("use train.optimizer paged_adamw_8bit")
+    return [*remedies, "lower lora.r"]
+
+
+def _check_room(size: float, needs: str, remedies: list[str], free: int, total: int) -> None:
     """Raise if `size` bytes exceed the `total` or `free` ones here; `needs` says what they are."""
     too_small = f"{needs}, but this machine"
     if size > total:
-        too_small += f" or its container has {log.size(total)}: give the job more memory"
-        raise errors.ConfigError(too_small + smaller)
+        too_small += f" or its container has {log.size(total)}: "
+        raise errors.ConfigError(too_small + ", or ".join(["give the job more memory", *remedies]))
     if size > free:
-        too_small += f" has {log.size(free)} of its {log.size(total)} free"
-        too_small += ": end what else uses its memory"
-        raise errors.HostMemoryError(too_small + smaller)
+        too_small += f" has {log.size(free)} of its {log.size(total)} free: "
+        first = "end what else uses its memory"
+        raise errors.HostMemoryError(too_small + ", or ".join([first, *remedies]))

@@ -17,8 +17,9 @@ _OPTIMIZER_BYTES = {
 }
 _FLOAT = 4  # bytes of a weight of the adapter, and of its gradient
 _WHOLE = ("ddp", "zero1", "zero2")  # have the whole base on each GPU
-# Bytes for each weight of the largest layer when PEFT measures the norms that DoRA starts with: the
-# dequantized weight in 16 bits, and in float32 BA, the scaled BA and the sum (peft/tuners/lora/dora.py).
+# Bytes for each weight of the largest layer when PEFT computes the norms that DoRA starts with
+# (peft/tuners/lora/dora.py): the dequantized weight in 16 bits, and in float32 BA, the scaled BA
+# and the sum.
 _DORA_START = 14
 # Bytes for each weight of the adapter that DeepSpeed keeps in host memory with offload: a copy of
 # it and AdamW's two moments, all in float32.

@@ -43,7 +43,7 @@ _DETERMINISTIC = {
     "FLASH_ATTENTION_DETERMINISTIC": "1",
     "NCCL_NVLS_ENABLE": "0",
 }
-_EXPANDABLE = "expandable_segments:True"  # examples differ in length: less memory is lost between them
+_EXPANDABLE = "expandable_segments:True"  # less fragmentation by examples of different lengths
 _PINNED = "pinned_max_round_threshold_mb"
 _REPRODUCIBLE_WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS; torch refuses any other in deterministic mode
 

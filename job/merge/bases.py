@@ -96,7 +96,7 @@ class Returned:
         return self.outline.rows
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        made = self.files.made(self.files.changed[self.name].target, self.network)
+        made = self.files.made(self.files.changed[self.name].target)
         changed = {name: _all(self.change(name, Held(value))) for name, value in made.items()}
         _, called = self.files.place(self.name)
         back: dict[str, torch.Tensor] = revert_weight_conversion(self.network, changed)

@@ -149,7 +149,7 @@ class _Laid:
         wanted = {*self.adapter.changed, *(name + WEIGHT for name in self.rounded)}
         found: set[str] = set()
         for target in {each.target for each in self.files.changed.values()}:
-            made = self.files.made(target, self.network, blank=True).keys()
+            made = self.files.made(target, blank=True).keys()
             self.held |= made
             if wanted & made:
                 found |= {name for name, each in self.files.changed.items() if each.target == target}

@@ -117,10 +117,10 @@ def draw(network: nn.Module, seed: int) -> None:
 
 
 def without_dropout(network: nn.Module) -> None:
-    """Switch off every dropout, the base's too: for comparing what is computed with the adapter and without.
+    """Switch off every dropout, the base's too, to compare results with the adapter and without.
 
-    Those of the adapter are removed: where one is left, PEFT's DoRA computes the base's result twice
-    and keeps its weights until the backward pass (peft/tuners/lora/variants.py).
+    Those of the adapter are removed: where one is left, PEFT's DoRA computes the base's result
+    twice and keeps its weights until the backward pass (peft/tuners/lora/variants.py).
     """
     for module in network.modules():
         if isinstance(module, LoraLayer):

@@ -116,9 +116,10 @@ class Pieces:
     @functools.cached_property
     def _conversions(self) -> dict[str, str]:
         """For each weight that is made of changed tensors, the target of their conversion."""
-        assert self._network is not None, "call_as comes first"
-        targets = {each.target for each in self.changed.values()}
-        return {name: target for target in targets for name in self.made(target, self._network, blank=True)}
+        found: dict[str, str] = {}
+        for target in {each.target for each in self.changed.values()}:
+            found |= dict.fromkeys(self.made(target, blank=True), target)
+        return found
 
     def fit(self, network: PreTrainedModel) -> bool:
         """Return whether the files hold every weight of `network`, or what it is converted from.
@@ -129,7 +130,8 @@ class Pieces:
         own = {name for name, _ in network.named_parameters()}
         loadable = (self._files.keys() - self.changed.keys()) | self._conversions.keys()
         tied: dict[str, str] = network.all_tied_weights_keys
-        return own <= loadable and all(self.same(name, other) for name, other in tied.items() if name in self._files)
+        stored_twice = [(name, other) for name, other in tied.items() if name in self._files]
+        return own <= loadable and all(self.same(name, other) for name, other in stored_twice)
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Load the weights of `module`, which is called `prefix` in the network, as far as they are still missing.
@@ -156,8 +158,7 @@ class Pieces:
     def _loaded(self, outline: nn.Parameter, key: str, *, transposed: bool) -> nn.Parameter:
         dtype = self._find_dtype(key, outline)
         if key in self._conversions:
-            assert self._network is not None
-            value = self.made(self._conversions[key], self._network, dtype=dtype)[key]
+            value = self.made(self._conversions[key], dtype=dtype)[key]
         else:
             value = self.read(key).to(dtype)
         if transposed and isinstance(outline, bnb.nn.Params4bit):
@@ -182,17 +183,17 @@ class Pieces:
     def made(
         self,
         target: str,
-        network: PreTrainedModel,
         *,
         blank: bool = False,
         dtype: torch.dtype | None = None,
     ) -> dict[str, torch.Tensor]:
-        """What transformers makes of those tensors of which `target` is made, by the names in the `network`.
+        """Return what transformers makes of the tensors of which `target` is made, by names.
 
-        Without memory if only names and shapes are asked for; raises `errors.ModelError` then if
-        the tensors do not belong together. With `dtype` the tensors are
-        converted to it first, as transformers does when it loads a model.
+        These are the names in the model that `call_as` was given. With `dtype` the tensors are cast
+        first, as transformers does when it loads a model. With `blank` the result has shapes and no
+        memory; then `errors.ModelError` is raised if the tensors do not belong together.
         """
+        assert self._network is not None, "call_as comes first"
         parts = sorted((name for name, each in self.changed.items() if each.target == target), key=dot_natural_key)
         rule = copy.deepcopy(self.changed[parts[0]].rule)
         for name in parts:
@@ -200,13 +201,14 @@ class Pieces:
             value = value if dtype is None else value.to(dtype)
             rule.add_tensor(target, name, self.changed[name].pattern, value)
         try:
-            made = rule.convert(target, model=network, config=network.config)
+            made = rule.convert(target, model=self._network, config=self._network.config)
         except (RuntimeError, ValueError, IndexError, KeyError) as e:
             if not blank:  # such as too little memory
                 raise
             raise errors.ModelError(
-                f"model.base: {target} cannot be made of the {len(parts)} tensors in {self.base} that it consists of, "
-                f"the first is {parts[0]} ({e}): they are not whole, or of another model than config.json says"
+                f"model.base: {target} cannot be made of its {len(parts)} tensors in {self.base}, the "
+                f"first is {parts[0]} ({e}): some are missing, or they belong to another model than "
+                "config.json describes: upload the model again"
             ) from e
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -258,7 +260,7 @@ def outline(
 
 
 def quantize(network: PreTrainedModel, how: BitsAndBytesConfig, dtype: torch.dtype) -> None:
-    """Make layers that are quantized of those of `network`, still without weights, that `how` is about.
+    """Replace the layers of `network` that `how` quantizes, still without weights.
 
     Their biases have `dtype`.
     """

@@ -17,7 +17,8 @@ from job.model.prequantized import Scheme, linear
 
 _BLOCK = 64  # a side of the tiles in which 4-bit weights are repacked
 # What transformers raises for a model that it cannot load.
-_MISFITS = ("automatic conversion of the weights", "ignore_mismatched_sizes")  # of its RuntimeErrors
+# Parts of its RuntimeErrors about weights that are not those of the config.
+_MISFITS = ("automatic conversion of the weights", "ignore_mismatched_sizes")
 _UNUSABLE = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError)
 
 
@@ -112,7 +113,8 @@ def _load(base: Path, described: PretrainedConfig, settings: config.Model, **how
         if not any(text in str(e) for text in _MISFITS):  # such as too little memory
             raise
         raise errors.ModelError(
-            f"model.base: the weights in {base} are not those of the model that its config.json describes: {e}"
+            f"model.base: the weights in {base} are not those of the model that its config.json "
+            f"describes ({e}): upload the model again"
         ) from e
     if lacking := sorted(told["missing_keys"]):  # which transformers draws at random
         raise errors.ModelError(

@@ -1,10 +1,12 @@
-"""What DoRA takes beyond plain LoRA, beside the live bytes of PEFT's own code on the CPU."""
+"""Activations of DoRA and of quantized bases, beside the live bytes of PEFT's own code on the CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import quantized
 import shapes
 import torch
 from live_bytes import LiveBytes
@@ -62,6 +64,44 @@ def simulate(base: Path, settings: config.Config, *, pairs: bool = False) -> int
     with LiveBytes() as live, autocast():
         network(input_ids=tokens, labels=tokens).loss.backward()
     return live.peak
+
+
+@pytest.fixture(scope="module")
+def gptq_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, quantized by GPTQ."""
+    folder = tmp_path_factory.mktemp("gptq") / "base"
+    quantized.gptq(base, folder)
+    return folder
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize(("checkpointing", "tolerance"), [(True, 0.05), (False, 0.25)])
+def test_a_token_takes_as_much_on_a_gptq_base_as_on_one_in_16_bits(
+    base: Path, gptq_base: Path, dropout: float, tolerance: float, *, checkpointing: bool
+) -> None:
+    """PEFT makes float32 copies of the inputs of both, and none on its own 4-bit layers."""
+    peaks: dict[str, list[int]] = {"none": [], "gptq": [], "nf4": []}
+    estimates = []
+    for length in (256, 512):
+        for name, found in peaks.items():
+            settings = shapes.settings(
+                model={
+                    "quantization": "nf4" if name == "nf4" else "none",
+                    "compute_dtype": "bfloat16",
+                },
+                lora={"dropout": dropout, "r": 4},
+                data={"max_length": length},
+                train={"gradient_checkpointing": checkpointing, "micro_batch_size": 1},
+            )
+            found.append(simulate(gptq_base if name == "gptq" else base, settings))
+            if name == "gptq":  # its layers have the widths of the plain ones
+                sizes = replace(measure.measure(base, settings), scheme="gptq")
+                estimates.append(strategy.estimate(settings, sizes).activations)
+
+    token = {name: found[1] - found[0] for name, found in peaks.items()}
+    assert token["gptq"] == pytest.approx(token["none"], rel=0.01)
+    assert token["nf4"] < 0.9 * token["gptq"]
+    assert estimates[1] - estimates[0] == pytest.approx(token["gptq"], rel=tolerance)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
