@@ -86,7 +86,7 @@ def test_a_token_takes_as_much_on_a_gptq_base_as_on_one_in_16_bits(
         for name, found in peaks.items():
             settings = shapes.settings(
                 model={
-                    "quantization": "nf4" if name == "nf4" else "none",
+                    "quantization": "none" if name == "none" else "nf4",
                     "compute_dtype": "bfloat16",
                 },
                 lora={"dropout": dropout, "r": 4},

@@ -114,13 +114,14 @@ class Nodes(cluster.Alone):
     """The other nodes for the first one, and the first one for another."""
 
     def __init__(self, **message: object) -> None:
-        self.message = message
+        self._messages = iter([message])
 
     def tell(self, **message: object) -> None:
         raise HeardError(message)
 
     def hear(self) -> dict[str, object]:
-        return self.message
+        """Return the message, once: who listens again did not end where it should have."""
+        return next(self._messages)
 
 
 def test_each_node_checks_its_own_host_memory(
